@@ -1,0 +1,1 @@
+"""What is asked: the schema, routes, rendered walks, questions, released files and the audit."""

@@ -1,0 +1,1 @@
+"""What we learn: scores, plots and the report."""

@@ -1,0 +1,155 @@
+"""Folders that survive a crash: JSON written whole or not at all, lines appended one by one, settings never mixed.
+
+A folder of results holds ``config.json`` (the settings it was started with). Starting again in it with the same
+settings goes on; with others it is refused, and the difference is named.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .runtime import StkitError
+
+
+def clean(value):
+    """The same value as plain JSON: NaN and infinities become None, tuples lists, numpy scalars numbers."""
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    if hasattr(value, "tolist"):
+        return clean(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON text without NaN, keys in the order given."""
+    return json.dumps(clean(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def explain(error: OSError) -> str:
+    """One line for an OSError, with the fix where there is one."""
+    where = f"{error.filename}: " if error.filename else ""
+    fixes = {
+        errno.ENOSPC: "the disk is full: free some space and run the same command again, it goes on where it was",
+        errno.EROFS: "the file system is read-only: choose another --out",
+        errno.EACCES: "no permission: choose another folder or change its permissions",
+        errno.EPERM: "no permission: choose another folder or change its permissions",
+        errno.ENOENT: "no such file or folder",
+        errno.EISDIR: "is a folder, a file was expected",
+        errno.ENOTDIR: "a folder was expected",
+    }
+    return where + fixes.get(error.errno, error.strerror or str(error))
+
+
+def write_text(path: str | Path, text: str | bytes) -> None:
+    """Write a file whole or not at all (temporary name, synced, renamed)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write one JSON object, indented, whole or not at all."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping]) -> None:
+    """Write JSON Lines, whole or not at all."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_json(path: str | Path):
+    """Read one JSON value; a StkitError names the file and the line where it breaks."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    except UnicodeDecodeError as error:
+        raise StkitError(f"{path}: not UTF-8 text: save it as UTF-8 JSON") from error
+    if not text.strip():
+        raise StkitError(f"{path}: the file is empty, JSON was expected")
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StkitError(f"{path}: not JSON ({error}): fix the file or write it anew") from error
+
+
+def read_partial_jsonl(path: str | Path) -> list[dict]:
+    """The whole lines of a file that a killed process was appending to; a half-written last line is cut off on disk."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise StkitError(f"{path}:{number}: not JSON ({error.msg}): delete that line, its question is asked again") from error
+    return rows
+
+
+def append_jsonl(path: str | Path, row: Mapping) -> None:
+    """Append one line and flush it to the file, so that a killed run loses at most the line it was at."""
+    with open(path, "ab") as file:
+        file.write((to_json(row) + "\n").encode())
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
+    """Where two settings differ, as "key: old -> new" lines (nested keys joined by dots)."""
+    found = []
+    for key in sorted(set(old) | set(new), key=str):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found
+
+
+def claim(folder: str | Path, settings: Mapping, name: str = "config.json") -> bool:
+    """Start or go on in a folder of results.
+
+    Args:
+        folder: made when it isn't there.
+        settings: what must be equal for the results to belong together.
+        name: the file in the folder that holds them.
+
+    Returns:
+        True when earlier work with the same settings is there, False for a fresh folder.
+
+    Raises:
+        StkitError: the folder holds work made with other settings, or files of something else.
+    """
+    folder, settings = Path(folder), json.loads(to_json(settings))
+    if folder.exists() and not folder.is_dir():
+        raise StkitError(f"{folder}: is a file, an output folder was expected")
+    if (folder / name).exists():
+        other = differences(read_json(folder / name), settings)
+        if other:
+            raise StkitError(f"{folder} was made with other settings ({'; '.join(other)}): choose another --out or delete it")
+        return True
+    if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / name, settings)
+    return False

@@ -1,0 +1,118 @@
+"""What every room needs and no room owns: errors, seeds, devices, versions.
+
+    >>> child_seed(0, "clip", 3) == child_seed(0, "clip", 3)
+    True
+"""
+
+import hashlib
+import platform
+import random
+from importlib import metadata
+
+PACKAGES = ("stkit", "torch", "transformers", "peft", "bitsandbytes", "decord", "av", "vizdoom", "numpy", "scikit-learn")
+
+
+class StkitError(ValueError):
+    """Bad input. The message is for the user: one line that names the value and the fix. Exit code 1."""
+
+
+class BadUse(StkitError):
+    """The call itself makes no sense (an unknown option value, a count of zero). Exit code 2."""
+
+
+def child_seed(seed: int, *names: object) -> int:
+    """A seed of 63 bits for one named part of a seeded job: the same on every machine and in every process."""
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *names: object) -> random.Random:
+    """A ``random.Random`` of its own for one named part of a seeded job."""
+    return random.Random(child_seed(seed, *names))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that can change a number (absent ones are "not installed")."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def pick_device(device: str = "auto") -> tuple[str, str]:
+    """The device to compute on, and why.
+
+    Args:
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N".
+
+    Returns:
+        ``(device, reason)``.
+
+    Raises:
+        StkitError: the device that was asked for is not there (never another in its place).
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda", "a CUDA GPU is there"
+        if torch.backends.mps.is_available():
+            return "mps", "an Apple GPU is there"
+        return "cpu", "no CUDA or Apple GPU found"
+    kind = device.split(":")[0]
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in usable:
+        raise BadUse(f"device {device!r} is unknown: use auto, cpu, mps, cuda or cuda:N")
+    if not usable[kind]:
+        raise StkitError(f"device {device!r} is not usable here (torch sees none): use device='auto' or 'cpu'")
+    return device, "asked for"
+
+
+def pick_dtype(dtype: str = "auto", device: str = "cpu"):
+    """The torch dtype to compute in, and why: float32 on a CPU, bfloat16 on GPUs that have it, float16 on a T4.
+
+    Args:
+        dtype: "auto", "float32", "float16" or "bfloat16".
+        device: as returned by :func:`pick_device`.
+
+    Returns:
+        ``(torch.dtype, reason)``.
+    """
+    import torch
+
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype != "auto":
+        if dtype not in named:
+            raise BadUse(f"dtype {dtype!r} is unknown: use auto, {', '.join(named)}")
+        return named[dtype], "asked for"
+    if device.startswith("cuda"):
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "this GPU computes in bfloat16"
+        return torch.float16, "this GPU (compute capability under 8, as a T4) has no bfloat16"
+    if device == "mps":
+        return torch.bfloat16, "Apple GPUs compute in bfloat16"
+    return torch.float32, "a CPU is fastest and exact in float32"
+
+
+def setup(seed: int = 0, device: str = "auto", dtype: str = "auto") -> dict[str, str]:
+    """First cell of a notebook: seed every generator and print what this machine will compute with.
+
+    Returns:
+        A record with keys seed, device, dtype, attention and the versions of :func:`versions`.
+    """
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    device, device_reason = pick_device(device)
+    chosen, dtype_reason = pick_dtype(dtype, device)
+    record = {"seed": str(seed), "device": device, "dtype": str(chosen).removeprefix("torch."), "attention": "sdpa"}
+    print(f"device    {device} ({device_reason})\ndtype     {record['dtype']} ({dtype_reason})")
+    print(f"attention {record['attention']} (torch's scaled_dot_product_attention)\nseed      {seed}")
+    print("versions  " + ", ".join(f"{k} {v}" for k, v in versions().items() if k != "platform"))
+    return record | versions()

@@ -1,0 +1,1 @@
+"""What answers: video, prompts, answers and models."""

@@ -1,0 +1,11 @@
+"""What every test shares: hypothesis draws the same cases each time, torch keeps to one thread a worker."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("stkit", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("stkit")

@@ -20,6 +20,10 @@ class BadUse(StkitError):
     """The call itself makes no sense (an unknown option value, a count of zero). Exit code 2."""
 
 
+class StkitWarning(UserWarning):
+    """Something the user should know that doesn't stop the work."""
+
+
 def child_seed(seed: int, *names: object) -> int:
     """A seed of 63 bits for one named part of a seeded job: the same on every machine and in every process."""
     text = "/".join([str(seed), *map(str, names)])

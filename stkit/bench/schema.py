@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..runs import explain, read_json
-from ..runtime import StkitError
+from ..runtime import StkitError, StkitWarning
 
 FORMAT_VERSION = 1
 TASKS = ("route", "direction", "landmark", "action")
@@ -311,7 +311,8 @@ def load_benchmark(path: str | Path, skip_bad: bool = False) -> Benchmark:
     questions, skipped = load_questions(path / "questions.jsonl", skip_bad)
     clips = load_clips(path / "clips.jsonl") if (path / "clips.jsonl").exists() else []
     if info.get("hash") and info["hash"] != benchmark_hash(path):
-        warnings.warn(f"{path}: questions or clips differ from the hash in benchmark.json: it was edited since", stacklevel=2)
+        message = f"{path}: questions or clips differ from the hash in benchmark.json: they were edited since"
+        warnings.warn(message, StkitWarning, stacklevel=2)
     return Benchmark(path, tuple(questions), tuple(clips), info, tuple(skipped))
 
 

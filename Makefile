@@ -1,0 +1,29 @@
+# make demo: from nothing to runs/demo/report.html.   make test: the whole test suite.   Both set up .venv first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+DEMO_CLIPS ?= 40
+TESTS ?= tests
+
+.PHONY: setup demo test clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "stkit needs Python 3.11 or newer, $(PYTHON) is older: run 'make setup PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: setup
+	$(BIN)/stkit build --out runs/demo-walks-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 0 --split test
+	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
+	$(BIN)/stkit report runs/demo --out runs/demo/report.html
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -18,7 +18,7 @@ _HOME = {
     "audit": "stkit.bench.audit",
     "build_benchmark": "stkit.bench.build",
     "clips_needed": "stkit.stats",
-    "doctor": "stkit.vlm.load",
+    "doctor": "stkit.vlm.doctor",
     "evaluate": "stkit.evaluation",
     "import_egost": "stkit.bench.egost",
     "load_benchmark": "stkit.bench.schema",

@@ -58,8 +58,14 @@ def check_folder(folder: Path) -> None:
 
 
 def same_base(made_for: str, base: str) -> bool:
-    """Whether two names mean one model: equal, or the same last part (a hub name and a folder it was copied to)."""
-    return made_for == base or Path(made_for).name == Path(base).name
+    """Whether two names mean one model: equal, or the same last part (a hub name and a folder it was copied to).
+
+    Two folders that are both here, "runs/a/merged" and "runs/b/merged", are two models.
+    """
+    first, second = Path(made_for), Path(base)
+    if first.is_dir() and second.is_dir():
+        return first.resolve() == second.resolve()
+    return made_for == base or first.name == second.name
 
 
 def differences(adapted, folder: Path) -> str:

@@ -38,7 +38,7 @@ def nf4_usable(device: str) -> tuple[bool, str]:
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state)
     except Exception as error:  # whatever a broken installation raises is the reason to print
-        return False, f"bitsandbytes does not work here ({_one_line(error)})"
+        return False, f"bitsandbytes does not work here ({one_line(error)})"
     return True, "bitsandbytes works on this device"
 
 
@@ -125,5 +125,6 @@ def choose(
     return Choice(device, chosen, backend, in_four_bits, why)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An exception of somebody else's, short enough to stand within a line of ours."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]

@@ -224,6 +224,8 @@ def load_weights(source: Source, config, choice: Choice, untrained: bool):
     faults = [f"{len(info[kind])} {word} ({_first(info[kind])})" for kind, word in FAULTS.items() if info[kind]]
     if faults:
         raise StkitError(f"{source.folder}: the weights do not fit config.json: {', '.join(faults)}: download it again")
+    if untrained:  # a model from a state dict has not read the folder's file
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
     return model
 
 

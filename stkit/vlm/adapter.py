@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..runs import read_json
 from ..runtime import StkitError
+from .choose import one_line
 
 
 def load_adapter(model, base: str, folder: Path, device: str):
@@ -40,7 +41,7 @@ def load_adapter(model, base: str, folder: Path, device: str):
         config = LoraConfig.from_pretrained(str(folder), local_files_only=True)
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device=device)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise StkitError(f"{other}: {' '.join(str(error).split())[:160]}") from error
+        raise StkitError(f"{other} ({one_line(error)})") from error
     faults = differences(adapted, folder)
     if faults:
         raise StkitError(f"{other}: {faults}")
@@ -50,11 +51,15 @@ def load_adapter(model, base: str, folder: Path, device: str):
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is no adapter, or one whose weights could only be unpickled."""
     if not (folder / "adapter_config.json").exists():
-        raise StkitError(f"adapter {folder}: no adapter_config.json there: give the folder that peft's save_pretrained wrote")
+        raise StkitError(
+            f"adapter {folder}: no adapter_config.json there: give the folder that peft's save_pretrained wrote"
+        )
     if not (folder / "adapter_model.safetensors").exists():
         pickled = (folder / "adapter_model.bin").exists()
         fault = "only pickled weights, which are never read" if pickled else "no adapter_model.safetensors"
-        raise StkitError(f"adapter {folder}: {fault}: save it anew with peft's save_pretrained (that writes safetensors)")
+        raise StkitError(
+            f"adapter {folder}: {fault}: save it anew with peft's save_pretrained (that writes safetensors)"
+        )
 
 
 def same_base(made_for: str, base: str) -> bool:

@@ -6,6 +6,7 @@
     'asked for'
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ def nf4_usable(device: str) -> tuple[bool, str]:
     if device == "mps":
         return False, "bitsandbytes has no NF4 for Apple GPUs"
     try:
-        import bitsandbytes.functional as functional
+        from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state)
@@ -54,6 +55,13 @@ def flash_usable(device: str, dtype: torch.dtype | None = None) -> tuple[bool, s
         return False, "flash-attn computes in 16 bits only, the dtype is float32"
     if not is_flash_attn_2_available():
         return False, "flash-attn is not installed: pip install 'stkit[gpu]'"
+    try:
+        import flash_attn  # noqa: F401  built for another torch, it is there and cannot be imported
+    except Exception as error:
+        return (
+            False,
+            f"flash-attn is installed but broken ({one_line(error)}): pip install --force-reinstall flash-attn",
+        )
     return True, "flash-attn is installed and this GPU can run it"
 
 
@@ -90,7 +98,10 @@ def pick_four_bit(four_bit: bool | None, device: str, parameters: int) -> tuple[
     if four_bit is None and not device.startswith("cuda"):
         return False, f"on {device} 4 bits save memory but cost time: four_bit=True asks for them"
     if four_bit is None and parameters < FOUR_BIT_FROM:
-        return False, f"{parameters / 1e9:.1f} billion parameters fit without (4 bits from {FOUR_BIT_FROM / 1e9:.1f} on)"
+        return (
+            False,
+            f"{parameters / 1e9:.1f} billion parameters fit without (4 bits from {FOUR_BIT_FROM / 1e9:.1f} on)",
+        )
     usable, reason = nf4_usable(device)
     if four_bit and not usable:
         raise StkitError(f"four_bit=True cannot be used: {reason}; use four_bit=False, or device='cpu' or 'cuda'")
@@ -123,6 +134,13 @@ def choose(
     backend, why_attention = pick_attention(attention, device, chosen)
     why = {"device": why_device, "dtype": why_dtype, "attention": why_attention, "four_bit": why_bits}
     return Choice(device, chosen, backend, in_four_bits, why)
+
+
+def memory_gb(device: str) -> float:
+    """Memory for weights on a device: what is free on a CUDA GPU, else what the machine has."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def one_line(error: Exception) -> str:

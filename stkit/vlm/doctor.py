@@ -1,7 +1,7 @@
 """What this machine can do: its parts, the backends that work here, what would be chosen, and what to install.
 
-    >>> doctor()["choice"]["four_bit"] in (True, False)
-    True
+>>> doctor()["choice"]["four_bit"] in (True, False)
+True
 """
 
 import os
@@ -10,11 +10,10 @@ import shutil
 import sys
 from importlib import import_module
 
-import psutil
 import torch
 
 from ..runtime import versions
-from .choose import Choice, choose, flash_usable, nf4_usable, one_line
+from .choose import Choice, choose, flash_usable, memory_gb, nf4_usable, one_line
 
 EXAMPLE = ("Qwen/Qwen2.5-VL-3B-Instruct", 3_750_000_000)
 # What a backend is for, how to get it, and where it cannot be had.
@@ -64,7 +63,7 @@ def machine() -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu_cores": cores,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(memory_gb("cpu"), 1),
         "gpus": gpus,
     }
 
@@ -93,8 +92,9 @@ def advice(found: dict[str, dict], choice: Choice) -> list[str]:
     lines = []
     if choice.device == "cpu" and shutil.which("nvidia-smi"):
         lines.append("there is an NVIDIA driver, but this torch sees no GPU: install the CUDA build from pytorch.org")
-    if "not installed" in found["attention: flash-attn"]["why"]:
-        lines.append("faster attention: pip install 'stkit[gpu]'")
+    flash = found["attention: flash-attn"]["why"]
+    if "pip install" in flash:  # only where the GPU could run it
+        lines.append(f"faster attention: {flash[flash.index('pip install') :]}")
     if not found["4 bits: NF4"]["usable"] and choice.device != "mps":
         lines.append("4-bit models: pip install --upgrade bitsandbytes")
     for name, (purpose, command) in PACKAGES.items():
@@ -110,7 +110,8 @@ def as_text(result: dict) -> str:
     lines = [
         f"machine    {here['platform']}, {here['cpu_cores']} cores, {here['memory_gb']} GB of memory",
         f"GPU        {'; '.join(here['gpus']) or 'none that torch sees'}",
-        "versions   " + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "platform"),
+        "versions   "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "platform"),
         "",
         "backends",
     ]

@@ -25,13 +25,14 @@ from transformers.utils import logging as transformers_logging
 from ..runs import read_json
 from ..runtime import StkitError, versions
 from . import tiny
-from .choose import Choice, choose
+from .choose import Choice, choose, memory_gb, one_line
 
 FAMILIES = {
     "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, transformers.Qwen2VLProcessor),
     "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLProcessor),
     "qwen3_vl": (transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLProcessor),
 }
+FAULTS = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of another shape"}
 SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -83,6 +84,7 @@ def load_model(
     untrained = source.name == "tiny" and not (source.folder / "model.safetensors").exists()
     parameters = 0 if untrained else count_parameters(source)
     choice = choose(parameters, four_bit, device, dtype, attention)
+    check_memory(source, parameters, choice)
     with quiet(progress=parameters > 100_000_000):
         processor = load_processor(source, config.model_type)
         model = load_weights(source, config, choice, untrained)
@@ -122,8 +124,10 @@ def download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.GatedRepoError as error:
-        raise StkitError(f"model {name!r} is gated: ask for access on huggingface.co, then run 'hf auth login'") from error
-    except errors.RepositoryNotFoundError as error:
+        raise StkitError(
+            f"model {name!r} is gated: ask for access on huggingface.co, then run 'hf auth login'"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise StkitError(f"model {name!r}: no such folder, and the hub has no such model: check the name") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
         raise StkitError(
@@ -151,7 +155,7 @@ def read_config(source: Source):
     try:
         return FAMILIES[family][0].config_class.from_dict(raw)
     except Exception as error:  # Transformers' validation raises types of many packages
-        raise StkitError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())[:200]}") from error
+        raise StkitError(f"{path}: not a configuration of {family} ({one_line(error)})") from error
 
 
 def weight_files(source: Source) -> list[Path]:
@@ -188,13 +192,23 @@ def count_parameters(source: Source) -> int:
     return total
 
 
+def check_memory(source: Source, parameters: int, choice: Choice) -> None:
+    """Refuse weights that cannot fit, instead of letting the system kill the process halfway through."""
+    bytes_each = 0.55 if choice.four_bit else choice.dtype.itemsize
+    needed, there = parameters * bytes_each / 1e9, memory_gb(choice.device)
+    if needed > there:
+        ways = "a smaller model" if choice.four_bit else "four_bit=True, dtype='bfloat16' or a smaller model"
+        raise StkitError(
+            f"model {source.name!r} needs about {needed:.2g} GB, {choice.device} has {there:.2g} GB: use {ways}"
+        )
+
+
 def load_processor(source: Source, family: str):
     """Tokenizer, frame settings and chat template, by the family's own class."""
     try:
         return FAMILIES[family][1].from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise StkitError(f"{source.folder}: no usable processor or tokenizer beside the weights ({reason})") from error
+        raise StkitError(f"{source.folder}: no usable processor or tokenizer there ({one_line(error)})") from error
 
 
 def load_weights(source: Source, config, choice: Choice, untrained: bool):
@@ -227,9 +241,6 @@ def load_weights(source: Source, config, choice: Choice, untrained: bool):
     if untrained:  # a model from a state dict has not read the folder's file
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
     return model
-
-
-FAULTS = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of another shape"}
 
 
 def _first(keys) -> str:

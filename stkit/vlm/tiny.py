@@ -13,7 +13,6 @@ Make the folder anew (the files come out the same, byte for byte)::
 """
 
 import argparse
-import json
 from importlib import resources
 from pathlib import Path
 

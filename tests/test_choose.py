@@ -1,0 +1,171 @@
+"""What is chosen on machines that are not this one, and what doctor says of them."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+
+from stkit import doctor, load_model
+from stkit.runtime import BadUse, StkitError
+from stkit.vlm import choose as choices
+
+torch.set_num_threads(1)
+
+
+def pretend(monkeypatch, capability=None, mps=False, flash=False):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setattr(choices, "nf4_usable", lambda device: (True, "works"))
+
+
+def chosen(**arguments):
+    choice = choices.choose(3_000_000_000, **arguments)
+    return choice.device, str(choice.dtype).removeprefix("torch."), choice.attention, choice.four_bit
+
+
+def test_a_t4_gets_float16_and_sdpa_even_with_flash_attn_installed(monkeypatch):
+    pretend(monkeypatch, capability=(7, 5), flash=True)
+    assert chosen() == ("cuda", "float16", "sdpa", True)
+    assert "T4" in choices.choose().why["attention"]
+
+
+def test_a_newer_gpu_gets_bfloat16_and_flash_attn_where_it_is_installed(monkeypatch):
+    pretend(monkeypatch, capability=(8, 0), flash=True)
+    assert chosen() == ("cuda", "bfloat16", "flash_attention_2", True)
+    assert chosen(dtype="float32")[2] == "sdpa"
+    pretend(monkeypatch, capability=(8, 0), flash=False)
+    assert chosen() == ("cuda", "bfloat16", "sdpa", True)
+    assert "pip install 'stkit[gpu]'" in choices.choose().why["attention"]
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_not_chosen(monkeypatch):
+    pretend(monkeypatch, capability=(8, 0), flash=True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert chosen()[2] == "sdpa"
+    with pytest.raises(StkitError, match="installed but broken .*: pip install --force-reinstall flash-attn"):
+        chosen(attention="flash_attention_2")
+
+
+def test_an_apple_gpu_gets_bfloat16_without_4_bits(monkeypatch):
+    pretend(monkeypatch, mps=True)
+    assert chosen() == ("mps", "bfloat16", "sdpa", False)
+
+
+def test_a_cpu_gets_float32_and_sdpa_even_with_flash_attn_installed(monkeypatch):
+    pretend(monkeypatch, flash=True)
+    assert chosen() == ("cpu", "float32", "sdpa", False)
+    assert chosen(four_bit=True) == ("cpu", "bfloat16", "sdpa", True)
+    assert load_model("tiny").model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ({"attention": "flash_attention_2"}, StkitError, "cannot be used: flash-attn needs a CUDA GPU, this is cpu"),
+        ({"attention": "flash"}, BadUse, "attention 'flash' is unknown: use auto, sdpa"),
+        ({"dtype": "int8"}, BadUse, "dtype 'int8' is unknown"),
+        ({"device": "tpu"}, BadUse, "device 'tpu' is unknown"),
+        ({"device": "cuda"}, StkitError, "device 'cuda' is not usable here"),
+    ],
+)
+def test_what_was_asked_for_is_never_replaced(arguments, kind, message, monkeypatch):
+    pretend(monkeypatch)
+    with pytest.raises(kind, match=message) as error:
+        load_model("tiny", **arguments)
+    assert "\n" not in str(error.value)
+
+
+# ---- 4 bits
+
+
+def test_4_bits_are_chosen_for_big_models_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(choices, "nf4_usable", lambda device: (True, "works"))
+    assert choices.pick_four_bit(None, "cuda", 3_000_000_000)[0] is True
+    assert choices.pick_four_bit(None, "cuda", 1_000_000_000)[0] is False
+    assert choices.pick_four_bit(None, "cpu", 3_000_000_000)[0] is False
+    assert choices.pick_four_bit(False, "cuda", 3_000_000_000)[0] is False
+
+
+def test_4_bits_that_cannot_be_had_are_an_error_and_never_dropped_silently(monkeypatch):
+    monkeypatch.setattr(
+        choices, "nf4_usable", lambda device: (False, "bitsandbytes does not work here (ImportError: no)")
+    )
+    with pytest.raises(StkitError, match="four_bit=True cannot be used: bitsandbytes does not work here"):
+        choices.pick_four_bit(True, "cuda", 0)
+    chosen, why = choices.pick_four_bit(None, "cuda", 3_000_000_000)
+    assert chosen is False and "does not work here" in why
+
+
+def test_a_broken_bitsandbytes_is_found_out_by_trying(monkeypatch):
+    import bitsandbytes.functional
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel\nfor this device")
+
+    assert choices.nf4_usable("cpu") == (True, "bitsandbytes works on this device")
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
+    assert choices.nf4_usable("cpu") == (
+        False,
+        "bitsandbytes does not work here (RuntimeError: no kernel for this device)",
+    )
+    assert choices.nf4_usable("mps")[0] is False
+
+
+# ---- doctor
+
+
+def test_doctor_names_the_machine_the_backends_and_what_load_model_would_choose():
+    result = doctor()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["machine"]["cpu_cores"] >= 1 and result["machine"]["memory_gb"] > 0
+    assert set(result["backends"]) == {
+        "attention: sdpa",
+        "attention: flash-attn",
+        "4 bits: NF4",
+        "decord",
+        "av",
+        "vizdoom",
+    }
+    assert result["backends"]["4 bits: NF4"]["usable"] and result["backends"]["vizdoom"]["usable"]
+    choice = choices.choose(3_750_000_000)
+    assert (result["choice"]["device"], result["choice"]["attention"]) == (choice.device, choice.attention)
+    for words in ("torch 2.", "cores", "would choose", "float32", "flash-attn needs a CUDA GPU"):
+        assert words in result["text"]
+
+
+def test_doctor_says_what_to_install_only_where_it_helps(monkeypatch):
+    from stkit.vlm import doctor as module
+
+    pretend(monkeypatch, capability=(8, 0), flash=False)
+    monkeypatch.setattr(module, "nf4_usable", lambda device: (False, "bitsandbytes does not work here (no)"))
+    found = module.backends(choices.choose(0))
+    found["vizdoom"] = {"usable": False, "why": "cannot be imported"}
+    advice = module.advice(found, choices.choose(0))
+    assert [line.split(": ")[-1] for line in advice] == [
+        "pip install 'stkit[gpu]'",
+        "pip install --upgrade bitsandbytes",
+        "pip install vizdoom",
+    ]
+    pretend(monkeypatch, flash=False)
+    found = {name: {"usable": True, "why": ""} for name in found}
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert module.advice(found, choices.choose(0)) == []
+    monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "CUDA build" in module.advice(found, choices.choose(0))[0]
+
+
+def test_doctor_reports_a_package_that_cannot_be_imported(monkeypatch):
+    from stkit.vlm import doctor as module
+
+    def broken(name):
+        raise OSError("libGL.so.1: cannot open\nshared object file")
+
+    monkeypatch.setattr(module, "import_module", broken)
+    state = module.backends(choices.choose(0))["vizdoom"]
+    assert state == {"usable": False, "why": "cannot be imported (OSError: libGL.so.1: cannot open shared object file)"}

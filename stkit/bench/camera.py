@@ -62,7 +62,7 @@ class _Span(NamedTuple):
     sight: int  # the last cell that can be seen from here: the next stop
 
 
-def _spans(plan: Plan, preset: Preset) -> list[_Span]:
+def _spans(plan: "Plan", preset: Preset) -> list[_Span]:
     """The walk as stretches: stand, then runs from stop to stop, turns and actions, then stand."""
     steps, headings = plan.route().steps, plan.headings()
     corners, acts = plan.corners(), {a.cell for a in plan.actions}
@@ -102,7 +102,7 @@ def _bump(share: float) -> float:
     return 0.0 if edge <= 0 else 0.5 - 0.5 * math.cos(math.pi * min(edge, 1.0))
 
 
-def _tick(plan: Plan, cells, span: _Span, tick: int) -> Tick:
+def _tick(plan: "Plan", cells, span: _Span, tick: int) -> Tick:
     """The camera at one tick of a span."""
     share = (tick - span.begin) / span.ticks
     where, angle, pitch, forward, sees = float(span.cell), 90.0 - 90 * span.heading, 0.0, 0.0, True
@@ -123,7 +123,7 @@ def _tick(plan: Plan, cells, span: _Span, tick: int) -> Tick:
     return Tick(span.event, span.step, math.floor(where + 0.5), landmark, x, y, angle % 360, pitch)
 
 
-def schedule(plan: Plan, preset: Preset) -> tuple[Tick, ...]:
+def schedule(plan: "Plan", preset: Preset) -> tuple[Tick, ...]:
     """The camera's plan, tick by tick: tick t is where it is when frame t is drawn, so tick t+1 is where it goes next.
 
     Every turn and every action takes ``event_ticks``, every cell ``cell_ticks``, whatever the kind, left or right. Encoded is
@@ -137,7 +137,7 @@ def schedule(plan: Plan, preset: Preset) -> tuple[Tick, ...]:
     )
 
 
-def covered(plan: Plan, preset: Preset) -> set[int]:
+def covered(plan: "Plan", preset: Preset) -> set[int]:
     """Indices into ``plan.route().steps`` of what at least two of the sampled frames show."""
     spans, cells = _spans(plan, preset), plan.cells()
     total = spans[-1].begin + spans[-1].ticks

@@ -20,7 +20,7 @@ ROTATING = 0.5  # the share of a turn's ticks in which the camera rotates; then 
 ACTING = 0.8  # the share of an action's ticks in which something happens; then it stands level
 SIGHT = 2.5  # cells: from here on a landmark ahead counts as in view
 BUMPS = {  # kind of action -> (units forward of the cell's centre, degrees up) at its height
-    "look up": (0, 35), "look down": (0, -35), "step back": (-96, 0),
+    "look up": (0, 30), "look down": (0, -30), "step back": (-96, 0),
     "pause": (0, 0), "pick up": (48, -35), "open a door": (80, 0),
 }  # fmt: skip
 

@@ -11,21 +11,24 @@ level and another scale of difficulty, so they stand in rows of their own. Inter
     compare(run, load_run("runs/second"))[0]["by_task"]["direction/forward"]["p_holm"]
 """
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import stats
-from ..bench.schema import ORDERS, TASKS, Prediction, Question
-from ..runs import clean, differences
+from ..bench.schema import ORDERS, TASKS, Benchmark, Prediction, Question, load_benchmark
+from ..runs import clean, read_json
+from ..runtime import StkitError
 
 KINDS = tuple(f"{task}/{order}" for task in TASKS for order in ORDERS)
 FEW_CLUSTERS = 10
 FAILED_SHARE = 0.01
+ANEW = "delete that line and run the same 'stkit eval' again"
 CONTROLS = {
     "blind": "blind control: the model saw no frames",
     "shuffled": "shuffled control: the model saw the frames in a random order",
@@ -63,8 +66,15 @@ class Run:
     predictions: tuple[Prediction, ...]
     blind: tuple[Prediction, ...]
     questions: tuple[Question, ...]
+    benchmark: Benchmark
     scores: dict
-    videos: Path | None = None
+
+    @property
+    def notices(self) -> list[str]:
+        """What a reader must know before the first figure, weightiest first."""
+        found = ["untrained weights: expect chance"] if self.config.get("model", {}).get("untrained") else []
+        control = CONTROLS.get(self.config["settings"].get("control"))
+        return found + ([control] if control else []) + self.scores["notices"]
 
     @property
     def rows(self) -> list[Row]:
@@ -97,6 +107,10 @@ def _groups(rows: Sequence[Row]) -> list[str]:
     return [r.question.group for r in rows]
 
 
+def _blind(rows: Sequence[Row]) -> float | None:
+    return _mean(float(r.blind.correct) for r in rows if r.blind is not None and r.blind.correct is not None)
+
+
 def _minus_blind(rows: Sequence[Row]) -> dict | None:
     both = [r for r in rows if r.scored and r.blind is not None and r.blind.correct is not None]
     if not both:
@@ -117,7 +131,7 @@ def _part(rows: Sequence[Row]) -> dict:
     return {
         "accuracy": found["mean"],
         "chance": _mean(1 / len(r.question.options) for r in scored if r.question.options),
-        "blind": _mean(float(r.blind.correct) for r in scored if r.blind is not None and r.blind.correct is not None),
+        "blind": _blind(scored),
         "low": found["low"],
         "high": found["high"],
         "n": found["n"],
@@ -218,6 +232,8 @@ def _paired(first: dict[str, Row], second: dict[str, Row], ids: list[str]) -> di
     return {
         "first": float(a.mean()),
         "second": float(b.mean()),
+        "first_blind": _blind([first[i] for i in ids]),
+        "second_blind": _blind([second[i] for i in ids]),
         "difference": difference.pop("mean"),
         **difference,
         "p": clean(float(stats.permutation_p(b, a, groups, seed=0))),
@@ -240,9 +256,14 @@ def _compare_two(first: Run, second: Run) -> dict:
         "second": second.name,
         "overall": _paired(one, two, choice),
         "by_task": by_task,
-        "differs": differences(first.config.get("settings", first.config), second.config.get("settings", second.config)),
+        "differs": _differing(first.config["settings"], second.config["settings"]),
         "notices": notices,
     }
+
+
+def _differing(first: dict, second: dict) -> list[list]:
+    """Settings that differ, as [name, first, second]."""
+    return [[key, first.get(key), second.get(key)] for key in {**first, **second} if first.get(key) != second.get(key)]
 
 
 def _same(a: Question, b: Question) -> bool:
@@ -264,3 +285,58 @@ def compare(first: Run, *others: Run) -> list[dict]:
         for kind, part in pair["by_task"].items():
             part["p_holm"] = adjusted.get(f"{i}/{kind}")
     return clean(found)
+
+
+def _prediction(row, where: str) -> Prediction:
+    """A checked line of predictions.jsonl."""
+    known = {f.name for f in fields(Prediction)}
+    required = ("id", "mode", "control", "text", "parsed", "correct")
+    if not isinstance(row, dict) or (missing := [name for name in required if name not in row]):
+        raise StkitError(f"{where}: {'not a JSON object' if not isinstance(row, dict) else missing[0] + ' is missing'}: {ANEW}")
+    for name, kinds in (("id", str), ("text", str), ("failed", str), ("correct", bool | None), ("parsed", int | str | None)):
+        if not isinstance(row.get(name, ""), kinds):
+            raise StkitError(f"{where}: {name}={row[name]!r:.60} has the wrong type: {ANEW}")
+    kept = {k: v for k, v in row.items() if k in known}
+    lists = {k: tuple(kept.get(k) or ()) for k in ("log_probs", "timestamps_s")}
+    return Prediction(**kept | lists)
+
+
+def _predictions(path: Path) -> tuple[Prediction, ...]:
+    """Read a file of predictions and leave it as it is: a run may be going on, its half-written last line is not read yet."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise StkitError(f"{path}:{number}: not JSON ({error}): {ANEW}") from error
+        found.append(_prediction(row, f"{path}:{number}"))
+    return tuple(found)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder (config.json, predictions.jsonl, blind.jsonl and the benchmark that the run was asked on).
+
+    Args:
+        folder: as given to ``stkit eval --out``.
+
+    Raises:
+        StkitError: no such folder, not a run folder, a malformed line, or the benchmark is gone or no longer has these questions.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, a run folder was expected" if folder.exists() else "no such run folder"
+        raise StkitError(f"{folder}: {what}: make one with 'stkit eval BENCH --out {folder}'")
+    if missing := [name for name in ("config.json", "predictions.jsonl") if not (folder / name).is_file()]:
+        raise StkitError(f"{folder} is not a run folder (no {missing[0]} in it): make one with 'stkit eval BENCH --out DIR'")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+        raise StkitError(f"{folder}/config.json: no settings in it: run 'stkit eval' into a fresh folder")
+    predictions = _predictions(folder / "predictions.jsonl")
+    blind = _predictions(folder / "blind.jsonl") if (folder / "blind.jsonl").is_file() else ()
+    benchmark = load_benchmark(config["settings"]["bench"], skip_bad=True)
+    questions = [q for q in benchmark.questions]
+    known = {q.id for q in questions}
+    if strange := [p.id for p in (*predictions, *blind) if p.id not in known]:
+        raise StkitError(f"{folder}: {strange[0]!r:.80} is answered there but not asked in the benchmark: it was changed since the run")
+    scores = score(predictions, blind, questions)
+    return Run(folder.resolve().name, folder, config, predictions, blind, tuple(questions), benchmark, scores)

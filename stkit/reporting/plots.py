@@ -1,0 +1,193 @@
+"""Pictures of scores: a dot and its interval for every category, in colours that stay the same wherever a task is drawn.
+
+Tasks differ by colour and by row, orders by filled and hollow dots, so that nothing is lost in black and white. Each returns
+matplotlib Axes and draws on one that is handed in, for notebooks and for the report alike::
+
+    from stkit.reporting import judge, plots
+    plots.accuracy_plot(judge.load_run("runs/first").scores)
+"""
+
+import contextlib
+import io
+import re
+
+import matplotlib
+import seaborn as sns
+from markupsafe import escape
+from matplotlib.figure import Figure
+
+from ..bench.schema import TASKS
+from .judge import KINDS
+
+TASK_COLOURS = {"route": "#a65a9c", "direction": "#2a78bd", "landmark": "#c26a12", "action": "#20906b"}
+INK = "#5a6068"
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": False,
+    "ytick.left": False,
+    "xtick.bottom": True,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10.5,
+    **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
+
+
+@contextlib.contextmanager
+def _style():
+    """Our look for the time of one plot; a notebook's own settings are left alone."""
+    with sns.axes_style("white"), sns.plotting_context("paper"), matplotlib.rc_context(STYLE):
+        yield
+
+
+def _axes(ax, rows: int):
+    """An Axes to draw on, transparent. A new one is pyplot's, so that a notebook shows it."""
+    if ax is None:
+        from matplotlib import pyplot
+
+        ax = pyplot.subplots(figsize=figure_size(rows), layout="constrained")[1]
+    ax.set_facecolor("none")
+    ax.figure.patch.set_alpha(0)
+    return ax
+
+
+def figure_size(rows: int) -> tuple[float, float]:
+    """Inches, width and height, for a plot of so many categories."""
+    return 4.8, 0.8 + 0.29 * rows
+
+
+def _dot(ax, y: float, part: dict, colour: str, hollow: bool):
+    """One value with its whisker. ``part`` holds value, low, high."""
+    if part["value"] is None:
+        return
+    if part["low"] is not None:
+        ax.hlines(y, part["low"], part["high"], color=colour, linewidth=1.6, zorder=2, clip_on=False)
+    face = "none" if hollow else colour
+    sns.scatterplot(
+        x=[part["value"]], y=[y], ax=ax, s=34, facecolor=face, edgecolor=colour, linewidth=1.5, zorder=3, legend=False, clip_on=False
+    )
+
+
+def _rows(ax, labels: list[str], counts: list[str], header: str):
+    """Name each row on the left, print its counts on the right."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    for y, text in enumerate(counts):
+        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
+    ax.text(1.02, -0.55, header, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9.5)
+    ax.set_ylabel("")
+
+
+def _percent_axis(ax, label: str, low: float = 0.0, high: float = 1.0):
+    ax.set_xlim(low, high)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}".replace("-", "−"))
+    ax.set_xlabel(label)
+
+
+def accuracy_plot(scores: dict, ax=None):
+    """Accuracy of each category with its clustered 95 % interval, chance (bar) and blind score (cross) on the same row.
+
+    Args:
+        scores: as from :func:`stkit.reporting.judge.score`.
+        ax: matplotlib Axes to draw on; None makes a figure.
+
+    Returns:
+        The Axes; n and clusters are printed beside each row.
+    """
+    kinds = [k for k in KINDS if scores["by_task"].get(k, {}).get("accuracy") is not None]
+    with _style():
+        ax = _axes(ax, len(kinds))
+        for y, kind in enumerate(kinds):
+            part, colour = scores["by_task"][kind], TASK_COLOURS[kind.split("/")[0]]
+            if part["chance"] is not None:
+                ax.vlines(part["chance"], y - 0.3, y + 0.3, color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)), zorder=1)
+            if part["blind"] is not None:
+                ax.plot(part["blind"], y, marker="x", color=INK, markersize=5.5, linestyle="none", zorder=2.5, clip_on=False)
+            _dot(ax, y, part | {"value": part["accuracy"]}, colour, kind.endswith("reverse"))
+        counts = [f"{scores['by_task'][k]['n']} / {scores['by_task'][k]['clusters']}" for k in kinds]
+        _rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
+        _percent_axis(ax, "accuracy, %")
+    return ax
+
+
+def compare_plot(comparison: dict, ax=None):
+    """Second run minus first, category by category, with clustered 95 % intervals; a dot right of zero is in favour of the second.
+
+    Args:
+        comparison: one of the dicts of :func:`stkit.reporting.judge.compare`.
+        ax: matplotlib Axes to draw on; None makes a figure.
+    """
+    kinds = [k for k in KINDS if k in comparison["by_task"]]
+    parts = [comparison["by_task"][k] for k in kinds]
+    ends = [abs(p[name]) for p in parts for name in ("low", "high", "difference") if p[name] is not None]
+    reach = min(1.0, max([0.1, *ends]) * 1.08)
+    with _style():
+        ax = _axes(ax, len(kinds))
+        ax.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
+        for y, (kind, part) in enumerate(zip(kinds, parts)):
+            colour = TASK_COLOURS[kind.split("/")[0]]
+            _dot(ax, y, part | {"value": part["difference"]}, colour, kind.endswith("reverse"))
+        counts = [f"{p['n']} / {p['clusters']}" for p in parts]
+        _rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
+        _percent_axis(ax, "difference, percentage points", -reach, reach)
+    return ax
+
+
+def runs_plot(scores: dict[str, dict], fig=None):
+    """Small multiples, one a task: every run or control is a row, forward (filled) above reverse (hollow), on one common scale.
+
+    Args:
+        scores: name -> scores, as from :func:`stkit.reporting.judge.score`.
+        fig: matplotlib Figure to draw on; None makes one.
+
+    Returns:
+        The Figure; n and clusters of forward and reverse are printed in each panel.
+    """
+    with _style():
+        if fig is None:
+            from matplotlib import pyplot
+
+            fig = pyplot.figure(figsize=(8.5, 0.9 + 0.42 * len(scores)), layout="constrained")
+        fig.patch.set_alpha(0)
+        panels = fig.subplots(1, len(TASKS), sharey=True)
+        for ax, task in zip(panels, TASKS):
+            _axes(ax, 0).set_title(task, color=TASK_COLOURS[task])
+            for y, found in enumerate(scores.values()):
+                for order, shift in (("forward", -0.17), ("reverse", 0.17)):
+                    part = found["by_task"].get(f"{task}/{order}")
+                    if not part or part["accuracy"] is None:
+                        continue
+                    if part["chance"] is not None:
+                        ax.vlines(part["chance"], y - 0.35, y + 0.35, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
+                    _dot(ax, y + shift, part | {"value": part["accuracy"]}, TASK_COLOURS[task], order == "reverse")
+                    ax.text(1.05, y + shift, f"{part['n']} / {part['clusters']}", va="center", fontsize=7.5)
+            _percent_axis(ax, "accuracy, %")
+        panels[0].set_yticks(range(len(scores)), list(scores))
+        panels[0].set_ylim(len(scores) - 0.5, -0.5)
+    return fig
+
+
+def inline_svg(draw, data: dict, label: str, salt: str) -> str:
+    """A plot as an ``<svg>`` element to put into a page: it scales with its box, takes the page's ink and speaks its label.
+
+    Args:
+        draw: ``accuracy_plot`` or ``compare_plot``.
+        data: what it draws.
+        label: text alternative.
+        salt: makes the ids of this picture differ from those of another on the same page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
+        figure = Figure(figsize=figure_size(len(data["by_task"])), layout="constrained")
+        draw(data, ax=figure.add_subplot())
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', svg).group()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{escape(label)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: head, svg.replace(INK, "currentColor"), count=1)

@@ -1,4 +1,4 @@
-"""What is chosen on machines that are not this one, and what doctor says of them."""
+"""What is chosen on machines that are not this one, what 4 bits do, and what doctor says."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from stkit import doctor, load_model
 from stkit.runtime import BadUse, StkitError
@@ -82,6 +83,57 @@ def test_what_was_asked_for_is_never_replaced(arguments, kind, message, monkeypa
 
 
 # ---- 4 bits
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    return load_model("tiny", four_bit=True, device="cpu")
+
+
+def test_nf4_takes_about_a_quarter_of_the_memory_of_16_bits(quantised):
+    import bitsandbytes as bnb
+
+    assert quantised.record["four_bit"] and quantised.record["dtype"] == "bfloat16"
+    packed = whole = 0
+    for module in quantised.model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            assert state.quant_type == "nf4" and state.nested and module.compute_dtype == torch.bfloat16
+            scales = (state.absmax, state.state2.absmax)
+            packed += module.weight.nbytes + sum(scale.nbytes for scale in scales)
+            whole += 2 * state.shape.numel()
+    assert whole > 2 * 0.7 * quantised.record["parameters"]  # all but embeddings and norms
+    assert 0.25 < packed / whole < 0.3
+
+
+def test_nf4_stays_close_to_the_model_that_it_was_made_from(quantised):
+    exact, rounded = logits(load_model("tiny").model), logits(quantised.model).float()
+    agreement = torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0)
+    assert 0.9 < agreement < 0.99999
+
+
+def test_a_lora_on_nf4_learns_and_leaves_the_base_alone():
+    model = load_model("tiny", four_bit=True, device="cpu").model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(5, 25)[None]
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+        assert all(g is not None and torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_4_bits_are_chosen_for_big_models_on_a_gpu_only(monkeypatch):

@@ -155,8 +155,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "temporal_patch_size": 2,
             "window_size": 112,
             "fullatt_block_indexes": [2],
-            # Walks last a few seconds: at Qwen's 2 a second neighbouring frames would share one position in time.
-            "tokens_per_second": 8,
+            "tokens_per_second": 2,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -1,7 +1,7 @@
 """Where the camera is at every tick of a walk, and what it shows: pure functions of the plan.
 
-Timing depends on lengths and places only, never on left, right or a kind: what is covered by the sampled frames, and so what is
-asked, tells nothing about the answer::
+Timing depends on lengths and places only, never on left, right or a kind: what is covered by the sampled frames, and so
+what is asked, tells nothing about the answer::
 
     ticks = schedule(plan, preset)
     ticks[0].event, ticks[0].angle_deg    # ("stand", 90.0)
@@ -24,19 +24,20 @@ BUMPS = {  # kind of action -> (units forward of the cell's centre, degrees up) 
     "pause": (0, 0), "pick up": (48, -35), "open a door": (80, 0),
 }  # fmt: skip
 
+
 class Tick(NamedTuple):
     """Where the camera is at one tick of the engine (35 a second) and what happens there.
 
-    ``event`` is "stand", a move ("straight", "left", "right") or the kind of an action; ``step`` the index of that event in
-    ``plan.route().steps`` (-1 for "stand"); ``cell`` the index along the walk of the cell that the walker is in; ``landmark`` the
-    kind in view ("" if none): the next one ahead in this corridor, at most 2.5 cells off, until the walker is beside it, with no
-    turn and no (perhaps closed) door between. ``x``, ``y`` in units; ``angle_deg`` as in Doom (0 east, 90 north), in [0, 360);
-    ``pitch_deg`` is positive upwards.
+    ``event`` is "stand", a move ("straight", "left", "right") or the kind of an action; ``step`` the index of that
+    event in ``plan.route().steps`` (-1 for "stand"); ``cell`` the index along the walk of the cell that the walker is
+    in; ``landmark`` the kind in view ("" if none): the next one ahead in this corridor, at most 2.5 cells off, until
+    the walker is beside it, with no turn and no (perhaps closed) door between. ``x``, ``y`` in units; ``angle_deg`` as
+    in Doom (0 east, 90 north), in [0, 360); ``pitch_deg`` is positive upwards.
 
-    What the world does besides moving the camera, for each kind: look up, look down, step back, pause: nothing. pick up: an item
-    lies on the floor 64 units ahead of the cell's centre, and vanishes as the walker leans over it. open a door: a door closes the
-    cell towards the next one; it opens while the walker stands 80 units ahead of the centre, is wholly open after ``ACTING`` of
-    the ticks, and stays so.
+    What the world does besides moving the camera, for each kind: look up, look down, step back, pause: nothing. pick
+    up: an item lies on the floor 78 units ahead of the cell's centre, and vanishes as the walker leans over it. open a
+    door: a door closes the cell towards the next one; it opens while the walker stands 80 units ahead of the centre, is
+    wholly open after ``ACTING`` of the ticks, and stays so.
     """
 
     event: str
@@ -50,7 +51,8 @@ class Tick(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A stretch of time in which one thing happens: ``begin`` (tick), its ticks, and the cells from which and to which."""
+    """A stretch of time in which one thing happens: ``begin`` (tick), its ticks, and the cells from which and to
+    which."""
 
     begin: int
     ticks: int
@@ -126,8 +128,8 @@ def _tick(plan: "Plan", cells, span: _Span, tick: int) -> Tick:
 def schedule(plan: "Plan", preset: Preset) -> tuple[Tick, ...]:
     """The camera's plan, tick by tick: tick t is where it is when frame t is drawn, so tick t+1 is where it goes next.
 
-    Every turn and every action takes ``event_ticks``, every cell ``cell_ticks``, whatever the kind, left or right. Encoded is
-    every ``ticks_per_frame``-th tick, from tick 0.
+    Every turn and every action takes ``event_ticks``, every cell ``cell_ticks``, whatever the kind, left or right.
+    Encoded is every ``ticks_per_frame``-th tick, from tick 0.
     """
     cells = plan.cells()
     return tuple(

@@ -51,8 +51,7 @@ class Tick(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A stretch of time in which one thing happens: ``begin`` (tick), its ticks, and the cells from which and to
-    which."""
+    """A stretch of time in which one thing happens: from tick ``begin`` on, from one cell ``to`` another."""
 
     begin: int
     ticks: int

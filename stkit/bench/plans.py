@@ -1,10 +1,11 @@
-"""What a walk will be, before anything is rendered: its turns, landmarks and actions, and the camera's plan tick by tick.
+"""What a walk will be, before anything is rendered: its turns, its landmarks and its actions.
 
-Everything that is asked is decided here, by a generator that treats left and right, and every kind, alike; so that a text-only
-reader has nothing to go by. The rules that this rests on:
+Everything that is asked is decided here, by a generator that treats left and right, and every kind, alike; so that a
+text-only reader has nothing to go by. The rules that this rests on:
 
-- turns are left or right with equal chance and the lengths of the straights don't look at them; a walk that touches itself is drawn
-  anew as a whole, lengths and all, so that two turn sequences which both fit the same lengths are equally probable;
+- turns are left or right with equal chance and the lengths of the straights don't look at them; a walk that touches
+  itself is drawn anew as a whole, lengths and all, so that two turn sequences which both fit the same lengths are
+  equally probable;
 - places of landmarks and actions don't look at kinds or sides, and every kind fits every place;
 - timing depends on lengths and places only, never on left, right or a kind.
 
@@ -61,7 +62,8 @@ class Plan:
     dressing: str
 
     def cells(self) -> list[tuple[int, int]]:
-        """The cells walked through, from (0, 0), heading north (+y) first. Consecutive ones are neighbours, no others are."""
+        """The cells walked through, from (0, 0), heading north (+y) first. Consecutive ones are neighbours, no others
+        are."""
         return [cell for cell, _ in _trace(self.turns, self.lengths)]
 
     def headings(self) -> list[int]:
@@ -149,12 +151,16 @@ def make_plan(seed: int, index: int, preset: Preset, split: str | None = None) -
 
 
 def _draw(rng: random.Random, seed: int, index: int, preset: Preset) -> Plan:
-    """Counts first; then turns, lengths and places all anew until they fit; then kinds and sides, which fit everywhere."""
+    """Counts first; then turns, lengths and places all anew until they fit; then kinds and sides, which fit
+    everywhere."""
     n_turns, n_marks, n_acts = (rng.randint(*pair) for pair in (preset.turns, preset.landmarks, preset.actions))
+    least = max(preset.length[0] * (n_turns + 1), n_turns + n_marks + n_acts)
+    roomy = preset.length[0] * (n_turns + 1) + 2 * max(0, n_turns - 2)
+    spare, most = max(least + 4, roomy + 2), _cells_in_time(preset, n_turns + n_acts)
     for attempt in range(TRIES):
-        cover = attempt < TRIES_COVERED  # beyond these, take a walk that is too long for its frames: what they miss isn't asked
-        cells = rng.randint(*_cells(preset, n_turns, n_marks, n_acts, cover))
-        lengths = _draw_lengths(rng, n_turns, preset.length, cells)
+        cover = attempt < TRIES_COVERED and least <= most  # else take a longer walk: what its frames miss isn't asked
+        high = min(most, spare) if cover else spare
+        lengths = _draw_lengths(rng, n_turns, preset.length, rng.randint(max(least, min(roomy, high)), high))
         turns = tuple(rng.choice(("left", "right")) for _ in range(n_turns))
         places = _places(rng, lengths, n_marks, n_acts)
         if places is None or not fits(turns, lengths):
@@ -167,26 +173,22 @@ def _draw(rng: random.Random, seed: int, index: int, preset: Preset) -> Plan:
         if not cover or asked(plan) <= covered(plan, preset):
             return plan
     raise StkitError(
-        f"no walk of {n_turns} turns found that has room for {n_marks} landmarks and {n_acts} actions: ask for fewer of them"
+        f"no walk of {n_turns} turns has room for {n_marks} landmarks and {n_acts} actions: ask for fewer of them"
     )
 
 
-def _cells(preset: Preset, n_turns: int, n_marks: int, n_acts: int, cover: bool) -> tuple[int, int]:
-    """The least and the most cells to walk: room for all that is wanted, and, to be covered, two sampled frames an event."""
-    least = max(preset.length[0] * (n_turns + 1), n_turns + n_marks + n_acts)
-    roomy = preset.length[0] * (n_turns + 1) + 2 * max(0, n_turns - 2)
+def _cells_in_time(preset: Preset, stops: int) -> int:
+    """The most cells that a walk may have for each of its events to last as long as two steps of uniform sampling."""
     ticks = (preset.n_frames - 1) * preset.event_ticks / 2 - preset.start_ticks - preset.end_ticks
-    most = int((ticks - (n_turns + n_acts) * preset.event_ticks) / preset.cell_ticks)
-    spare = max(least + 4, roomy + 2)
-    high = max(min(most, spare), least) if cover else spare
-    return max(least, min(roomy, high)), high
+    return int((ticks - stops * preset.event_ticks) / preset.cell_ticks)
 
 
 def _draw_lengths(rng: random.Random, n_turns: int, length: tuple[int, int], cells: int) -> tuple[int, ...]:
     """Lengths that add up to ``cells``: the roomiest of several draws. Turns are not looked at.
 
-    Three turns to one side close a loop unless the walk spirals outwards (a straight longer by two than the one before last) or
-    inwards (the one after is shorter by two than its opposite): room for all turn sequences is counted by those two.
+    Three turns to one side close a loop unless the walk spirals outwards (a straight longer by two than the one before
+    last) or inwards (the one after is shorter by two than its opposite): room for all turn sequences is counted by
+    those two.
     """
 
     def room(drawn: list[int]) -> int:
@@ -206,8 +208,9 @@ def _draw_lengths(rng: random.Random, n_turns: int, length: tuple[int, int], cel
 def _places(rng: random.Random, lengths, n_marks: int, n_acts: int) -> tuple[list[int], list[int]] | None:
     """Cells for landmarks and for actions, rising; None when this draw has no room. Kinds and turns are not looked at.
 
-    Never the start or a corner. Landmarks of one straight are three cells apart and none follows an action at once, so that each
-    is the next in view for at least 2.5 cells' time. No action in the last cell: a door has to lead somewhere.
+    Never the start or a corner. Landmarks of one straight are three cells apart and none follows an action at once, so
+    that each is the next in view for at least 2.5 cells' time. No action in the last cell: a door has to lead
+    somewhere.
     """
     corners, last = set(_corners(lengths)), sum(lengths)
     free = [cell for cell in range(1, last + 1) if cell not in corners]

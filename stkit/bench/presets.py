@@ -1,7 +1,7 @@
 """What a build draws walks from: sizes, ranges, kinds, ticks; and the knobs that turn them.
 
-    >>> preset("tiny", turns=(2, 3)).turns
-    (2, 3)
+>>> preset("tiny", turns=(2, 3)).turns
+(2, 3)
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +10,9 @@ from ..runtime import BadUse
 from .routes import ACTIONS, LANDMARKS
 
 TICKS_PER_SECOND = 35
-CELL = 256  # units: cells are squares of this size at this pitch; cell (x, y) has its centre at (x + 1/2, y + 1/2) * CELL
+CELL = (
+    256  # units: cells are squares of this size at this pitch; cell (x, y) has its centre at (x + 1/2, y + 1/2) * CELL
+)
 HEADINGS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # north, east, south, west
 MIRROR = {"left": "right", "right": "left"}
 DRESSINGS = ("stone", "plaster", "panel", "concrete")
@@ -21,8 +23,8 @@ OOD_DRESSINGS = ("tile", "rust", "rock")
 class Preset:
     """What a build draws from. Pairs are inclusive ranges; ``length`` is in cells a straight, light is Doom's 0 to 255.
 
-    With the presets' ticks an event lasts at least ``event_ticks``: turns and actions by definition, landmarks because of where
-    they may stand (see ``plans._places``).
+    With the presets' ticks an event lasts at least ``event_ticks``: turns and actions by definition, landmarks because
+    of where they may stand (see ``plans._places``).
     """
 
     name: str
@@ -90,6 +92,13 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
             made = replace(made, textures=_textures(value))
         else:
             raise BadUse(f"knob {knob!r} is unknown: use {', '.join(bounds)}, resolution, textures")
+    room = 2 * (made.turns[0] + 1)
+    for knob in ("landmarks", "actions"):
+        if getattr(made, knob)[1] > room:
+            least = made.turns[0]
+            raise BadUse(
+                f"{knob}={getattr(made, knob)}: {least} turns leave room for {room}, ask for fewer or more turns"
+            )
     return made
 
 

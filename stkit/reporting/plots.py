@@ -172,21 +172,22 @@ def runs_plot(scores: dict[str, dict], fig=None):
     return fig
 
 
-def inline_svg(draw, data: dict, label: str, salt: str) -> str:
+def inline_svg(draw, data: dict, label: str, name: str) -> str:
     """A plot as an ``<svg>`` element to put into a page: it scales with its box, takes the page's ink and speaks its label.
 
     Args:
         draw: ``accuracy_plot`` or ``compare_plot``.
         data: what it draws.
         label: text alternative.
-        salt: makes the ids of this picture differ from those of another on the same page.
+        name: put before the ids of this picture, so that they differ from those of another on the same page.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=figure_size(len(data["by_task"])), layout="constrained")
         draw(data, ax=figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
+    svg = re.sub(r'( id="|href="#|url\(#)', lambda found: f"{found.group()}{name}-", svg)
     box = re.search(r'viewBox="[^"]*"', svg).group()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{escape(label)}">'

@@ -26,7 +26,6 @@ from ..runs import clean, read_json
 from ..runtime import StkitError
 
 KINDS = tuple(f"{task}/{order}" for task in TASKS for order in ORDERS)
-FEW_CLUSTERS = 10
 FAILED_SHARE = 0.01
 ANEW = "delete that line and run the same 'stkit eval' again"
 CONTROLS = {
@@ -183,11 +182,11 @@ def _notices(scores: dict, rows: Sequence[Row]) -> list[str]:
     unanswered = sum(r.said is None and not r.question.is_open for r in rows)
     if unanswered and asked:
         found.append(f"unfinished: {unanswered} questions have no answer yet, run the same 'stkit eval' again")
-    few = {kind: part["clusters"] for kind, part in scores["by_task"].items() if 0 < part["clusters"] < FEW_CLUSTERS}
+    few = {kind: part["clusters"] for kind, part in scores["by_task"].items() if 0 < part["clusters"] < stats.EXPLORATORY}
     if few:
         everywhere = len(few) == sum(part["n"] > 0 for part in scores["by_task"].values())
-        where = f"at most {max(few.values())} walks" if everywhere else ", ".join(f"{k} {c} walks" for k, c in few.items())
-        found.append(f"exploratory: fewer than {FEW_CLUSTERS} clusters ({where}), the intervals are wide and rough")
+        where = f"at most {max(few.values())}" if everywhere else ", ".join(f"{k} {c}" for k, c in few.items())
+        found.append(f"exploratory: fewer than {stats.EXPLORATORY} clusters ({where}), the intervals are wide and rough")
     if asked and not any(r.blind for r in rows):
         found.append("no blind control was run: these accuracies have no blind score beside them")
     return found

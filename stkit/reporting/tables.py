@@ -60,7 +60,7 @@ def latex(runs: Sequence[Run]) -> str:
     lines = [
         r"\begin{tabular}{llrrrrrr}",
         r"\hline",
-        r"run & category & accuracy & 95\,\% interval & chance & blind & questions & walks \\",
+        r"run & category & accuracy & 95\,\% interval & chance & blind & questions & clusters \\",
         r"\hline",
     ]
     for row in table(*runs).astype(object).where(lambda frame: frame.notna(), None).to_dict("records"):
@@ -73,11 +73,11 @@ def latex(runs: Sequence[Run]) -> str:
 
 def text_table(scores: dict) -> str:
     """The category table for a terminal."""
-    lines = [f"{'category':<20}{'accuracy':>9}  {'95 % interval':<14}{'chance':>7}{'blind':>7}{'n':>6}{'walks':>7}"]
+    lines = [f"{'category':<20}{'accuracy':>9}  {'95 % interval':<14}{'chance':>7}{'blind':>7}{'n':>6}{'clusters':>10}"]
     for kind, part in (scores["by_task"] | {"overall": scores}).items():
         interval = "–" if part["low"] is None else f"{percent(part['low'])} to {percent(part['high'])}"
         figures = f"{percent(part['accuracy']):>9}  {interval:<14}{percent(part['chance']):>7}{percent(part['blind']):>7}"
-        lines.append(f"{kind:<20}{figures}{part['n']:>6}{part['clusters']:>7}")
+        lines.append(f"{kind:<20}{figures}{part['n']:>6}{part['clusters']:>10}")
     return "\n".join(lines)
 
 

@@ -126,13 +126,16 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
     return found
 
 
-def claim(folder: str | Path, settings: Mapping, name: str = "config.json") -> bool:
+def claim(
+    folder: str | Path, settings: Mapping, name: str = "config.json", beside: Mapping[str, object] | None = None
+) -> bool:
     """Start or go on in a folder of results.
 
     Args:
         folder: made when it isn't there.
         settings: what must be equal for the results to belong together.
         name: the file in the folder that holds them.
+        beside: written into that file too, but not compared (the command line, say); other keys than the settings'.
 
     Returns:
         True when earlier work with the same settings is there, False for a fresh folder.
@@ -140,16 +143,18 @@ def claim(folder: str | Path, settings: Mapping, name: str = "config.json") -> b
     Raises:
         StkitError: the folder holds work made with other settings, or files of something else.
     """
-    folder, settings = Path(folder), json.loads(to_json(settings))
+    folder, settings, beside = Path(folder), json.loads(to_json(settings)), beside or {}
     if folder.exists() and not folder.is_dir():
         raise StkitError(f"{folder}: is a file, an output folder was expected")
     if (folder / name).exists():
-        other = differences(read_json(folder / name), settings)
+        before = read_json(folder / name)
+        kept = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
+        other = differences(kept, settings)
         if other:
             raise StkitError(f"{folder} was made with other settings ({'; '.join(other)}): choose another --out or delete it")
         return True
     if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
         raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / name, settings)
+    write_json(folder / name, settings | dict(beside))
     return False

@@ -137,6 +137,10 @@ class Benchmark:
             raise StkitError(f"video {video!r} leaves {root}: put the file into that folder and name it relative to it")
         return path
 
+    def select(self, split: str | None = None, limit: int | None = None) -> tuple[Question, ...]:
+        """The questions of a split (None: of all), at most the first ``limit`` of them."""
+        return tuple(q for q in self.questions if split in (None, q.split))[:limit]
+
     def frame(self):
         """The questions as a pandas DataFrame, one row each."""
         import pandas as pd

@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from stkit import load_model
-from stkit.vlm import tiny
+from stkit.bench import questions, routes
+from stkit.bench.schema import Route, Step
+from stkit.vlm import prompts, tiny
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -208,6 +210,22 @@ def test_the_kits_words_and_letters_are_one_token_each(tokenizer):
         assert len(tokenizer.tokenize(piece)) == 1, piece
     assert len(tokenizer.tokenize("go straight, turn left, pass the brick wall on your right, then step back")) == 17
     assert 1000 <= len(tokenizer) <= 1500
+
+
+def test_every_word_of_the_kits_own_sentences_is_one_token(tokenizer):
+    sentences = [text for texts in questions.TEMPLATES.values() for text in texts]
+    sentences += [prompts.THINK, prompts.OURS, prompts.PUBLISHED_OPENING, prompts.PUBLISHED, "Options:\nA. B. C. D."]
+    sentences += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    route = [Step("landmark", kind, side) for kind in routes.LANDMARKS for side in ("left", "right")]
+    route += [Step("action", kind) for action in routes.ACTIONS for kind in (action, routes.UNDO.get(action, action))]
+    route += [Step("move", move) for move in ("straight", "left", "right")]
+    for style in range(routes.STYLES):
+        sentences += [routes.render(Route((step,)), style, order) for step in route for order in ("forward", "reverse")]
+        sentences.append(routes.render(Route(tuple(route)), style))
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    pieces = {piece for sentence in sentences for piece, _ in cut(sentence)}
+    unknown = sorted(pieces - set(tokenizer.get_vocab()))
+    assert not unknown, f"add {unknown} to words.txt and run: python -m stkit.vlm.tiny --out stkit/data/tiny"
 
 
 def test_its_folder_is_small():

@@ -186,7 +186,7 @@ def write_folder(out: str | Path) -> None:
     out = Path(out)
     words = out / "words.txt" if (out / "words.txt").exists() else folder() / "words.txt"
     text = words.read_text(encoding="utf-8")
-    processor = make_processor(text.splitlines())
+    processor = make_processor(text.splitlines(keepends=True))
     config = make_config(processor.tokenizer)
     write_text(out / "words.txt", text)
     processor.save_pretrained(out)

@@ -28,7 +28,7 @@ __all__ = [
     "asked", "covered", "fits", "make_plan", "plan_row", "preset", "schedule",
 ]  # fmt: skip
 
-TRIES_COVERED, TRIES, DRAWS = 400, 2000, 24
+TRIES_COVERED, TRIES, DRAWS = 400, 2000, 48
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
         raise BadUse(f"preset {name!r} is unknown: use {', '.join(PRESETS)}")
     made = PRESETS[name]
     if ood:
-        longer = {"tiny": {"turns": (5, 6), "actions": (2, 2)}, "default": {"turns": (7, 8)}}[name]
+        longer = {"tiny": {"turns": (5, 6), "actions": (2, 2)}, "default": {"turns": (6, 8), "actions": (2, 3)}}[name]
         made = replace(made, ood=True, textures=OOD_DRESSINGS, light=(80, 130), **longer)
     bounds = {
         "turns": (0, 12),

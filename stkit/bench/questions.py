@@ -8,8 +8,8 @@ walk with the same probability, and would then have been offered with the same o
 - the edits undo themselves (or have an inverse that is as probable), so the square of t is a square of each of its
   members;
 - places, types and kinds of the edits come from a generator that doesn't look at the truth, and there is no second try;
-- a mirrored turn has to leave a walk that doesn't touch itself, else the question is dropped; kinds and sides fit
-  everywhere.
+- a mirrored turn has to leave a walk that doesn't touch itself, else the question is dropped (tiny: 9 walks in
+  100, out of distribution 33; default: 23 and 41); kinds and sides fit everywhere.
 
 All questions on one thing of one walk share one square: the reverse question's options are the forward one's,
 reversed::
@@ -42,12 +42,12 @@ TYPES = {  # a square's two edits, and how many of the preset's kinds they take 
 }
 TEMPLATES = {
     ("route", "forward"): (
-        "Based on this first-person video, describe the route to the destination: moves, landmarks with their side, and "
-        "actions, in order.",
-        "Tell step by step how you got to the destination of this video: every turn, every landmark and its side, every "
-        "action.",
+        "Based on this first-person video, describe the route to the destination: moves, landmarks with their side, "
+        "and actions, in order.",
+        "Tell step by step how you got to the destination of this video: every turn, every landmark and its side, "
+        "every action.",
         "You walked the way that this video shows. Give the whole route: moves, landmarks with their side, actions.",
-        "What route does this video show? Name the moves, the landmarks on the left or right, and the actions as they come.",
+        "What route does this video show? Name moves, landmarks on the left or right, and actions as they come.",
     ),
     ("route", "reverse"): (
         "Based on this first-person video, describe the route back to the starting point: moves, landmarks with their "
@@ -56,8 +56,8 @@ TEMPLATES = {
         "landmark and its side, every action undone.",
         "Imagine walking back the way that this video shows. Give the whole route back: moves, landmarks with their "
         "side, actions undone.",
-        "What route leads back from the end of this video to its beginning? Name the moves, the landmarks on the left or "
-        "right, and the actions undone as they come.",
+        "What route leads back from the end of this video to the start? Name moves, landmarks on the left or right, "
+        "and actions undone as they come.",
     ),
     ("direction", "forward"): (
         "Based on this first-person video, which moves did you make to reach your destination?",

@@ -25,11 +25,11 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
 
 
 def test_what_stands_beside_the_settings_is_kept_and_never_compared(tmp_path):
-    assert not claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval a"})
-    assert claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval b"})
-    assert read_json(tmp_path / "run" / "config.json") == {"seed": 0, "command": "stkit eval a"}
+    assert not runs.claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval a"})
+    assert runs.claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval b"})
+    assert runs.read_json(tmp_path / "run" / "config.json") == {"seed": 0, "command": "stkit eval a"}
     with pytest.raises(StkitError, match="seed: 0 -> 1"):
-        claim(tmp_path / "run", {"seed": 1}, beside={"command": "stkit eval a"})
+        runs.claim(tmp_path / "run", {"seed": 1}, beside={"command": "stkit eval a"})
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -183,7 +183,7 @@ def texture_names() -> set[str]:
     count, begin = struct.unpack("<ii", data[4:12])
     names = set()
     for k in range(count):
-        at, size, name = struct.unpack("<ii8s", data[begin + 16 * k : begin + 16 * k + 16])
+        at, _, name = struct.unpack("<ii8s", data[begin + 16 * k : begin + 16 * k + 16])
         names.add(name.rstrip(b"\0").decode())
         if name.startswith(b"TEXTURE"):
             offsets = struct.unpack_from(f"<{struct.unpack_from('<i', data, at)[0]}i", data, at + 4)

@@ -1,20 +1,34 @@
 """Accuracies are computed in one place; the expected numbers are counted by hand."""
 
+import hashlib
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 
 from stkit import stats
 from stkit.bench.schema import Prediction, Question, row_of
 from stkit.reporting import judge, tables
-from stkit.runs import write_json, write_jsonl
+from stkit.runs import to_json, write_json, write_jsonl
 from stkit.runtime import StkitError
 
 
 def question(name: str, task="direction", order="forward", group="g", options=4, answer=0) -> Question:
     texts = tuple(f"option {i}" for i in range(options))
-    return Question(name, group, f"{group}.mp4", group, task, order, "Which way?", texts, answer if options else "go straight", "test")
+    return Question(
+        name,
+        group,
+        f"{group}.mp4",
+        group,
+        task,
+        order,
+        "Which way?",
+        texts,
+        answer if options else "go straight",
+        "test",
+    )
 
 
 def said(name: str, parsed=0, correct: bool | None = True, failed="", **more) -> Prediction:
@@ -65,7 +79,11 @@ def test_more_than_one_percent_of_failures_is_said_first(failed, warned):
 
 def test_routes_stand_in_rows_of_their_own_and_not_in_the_overall_accuracy():
     questions = [question("c"), question("r1", "route", options=0), question("r2", "route", options=0, group="h")]
-    answers = [said("c", correct=False), said("r1", "go straight", edit_distance=0.0), said("r2", "turn left", False, edit_distance=3.0)]
+    answers = [
+        said("c", correct=False),
+        said("r1", "go straight", edit_distance=0.0),
+        said("r2", "turn left", False, edit_distance=3.0),
+    ]
     scores = judge.score(answers, [], questions)
     assert (scores["accuracy"], scores["n"]) == (0.0, 1)
     assert scores["by_task"]["route/forward"]["accuracy"] == 0.5
@@ -123,7 +141,9 @@ def test_forward_minus_reverse_is_paired_within_clusters():
 def test_intervals_are_those_of_stats_clustered_by_group():
     questions = [question(f"q{i}", group=f"g{i // 4}") for i in range(48)]
     correct = [i % 5 < 3 for i in range(48)]
-    part = judge.score([said(q.id, correct=c) for q, c in zip(questions, correct)], [], questions)["by_task"]["direction/forward"]
+    part = judge.score([said(q.id, correct=c) for q, c in zip(questions, correct)], [], questions)["by_task"][
+        "direction/forward"
+    ]
     expected = stats.clustered_interval([float(c) for c in correct], [q.group for q in questions])
     assert (part["low"], part["high"]) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
@@ -165,7 +185,10 @@ def folder_of(tmp_path, name: str, correct, questions, **settings):
     rows = [row_of(said(q.id, 0 if c else 1, c)) for q, c in zip(questions, correct)]
     write_jsonl(run / "predictions.jsonl", rows)
     write_jsonl(run / "blind.jsonl", rows)
-    write_json(run / "config.json", {"settings": {"bench": str(bench), "mode": "letter", "control": "none"} | settings, "model": {}})
+    write_json(
+        run / "config.json",
+        {"settings": {"bench": str(bench), "mode": "letter", "control": "none"} | settings, "model": {}},
+    )
     return run
 
 
@@ -202,7 +225,12 @@ def test_a_run_that_is_better_on_every_walk_differs(tmp_path, walks):
 
 
 def test_p_values_are_corrected_over_all_categories_by_holm(tmp_path):
-    questions = [question(f"{task}{g}{i}", task, group=f"g{g}") for task in ("direction", "action") for g in range(12) for i in range(4)]
+    questions = [
+        question(f"{task}{g}{i}", task, group=f"g{g}")
+        for task in ("direction", "action")
+        for g in range(12)
+        for i in range(4)
+    ]
     better = [q.task == "direction" or i % 2 == 0 for i, q in enumerate(questions)]
     first = judge.load_run(folder_of(tmp_path, "first", [i % 2 == 0 for i in range(96)], questions))
     (pair,) = judge.compare(first, judge.load_run(folder_of(tmp_path, "second", better, questions)))
@@ -216,7 +244,9 @@ def test_runs_are_compared_on_the_questions_that_both_have_scored(tmp_path, walk
     second = judge.load_run(folder_of(tmp_path, "second", [True] * 40, walks))
     (pair,) = judge.compare(first, second)
     assert pair["overall"]["n"] == 40
-    assert pair["notices"] == ["24 questions were scored in one of the runs only (or differ): the comparison leaves them out"]
+    assert pair["notices"] == [
+        "24 questions were scored in one of the runs only (or differ): the comparison leaves them out"
+    ]
 
 
 def test_what_is_not_a_run_gets_one_line(tmp_path, walks):
@@ -253,10 +283,51 @@ def test_untrained_weights_are_the_first_thing_that_is_said(tmp_path, walks):
     assert notices[1].startswith("shuffled control")
 
 
+def test_questions_edited_since_the_run_are_told(tmp_path, walks):
+    run = folder_of(tmp_path, "first", [True] * 64, walks)
+    hashes = {q.id: hashlib.sha256(to_json(row_of(q)).encode()).hexdigest() for q in walks}
+    write_json(run / "files.json", {"questions": hashes, "videos": {}})
+    assert judge.load_run(run).notices == []
+    write_json(run / "files.json", {"questions": hashes | {"q0-0": "other"}, "videos": {}})
+    assert judge.load_run(run).notices[0].startswith("1 questions were edited since the run")
+
+
+def test_a_run_whose_benchmark_is_gone_or_another_gets_one_line(tmp_path, walks):
+    run = folder_of(tmp_path, "first", [True] * 64, walks)
+    write_jsonl(tmp_path / "walks" / "questions.jsonl", map(row_of, walks[1:]))
+    with pytest.raises(StkitError, match="'q0-0' is answered there but not in"):
+        judge.load_run(run)
+    shutil.rmtree(tmp_path / "walks")
+    with pytest.raises(StkitError, match="walks: the benchmark that the run .* is not there"):
+        judge.load_run(run)
+
+
+def test_a_run_on_one_split_is_scored_on_that_split(tmp_path, walks):
+    walks = [replace(q, split="dev") if q.group == "g3" else q for q in walks]
+    run = folder_of(tmp_path, "first", [True] * 64, walks, split="dev")
+    rows = [line for line in (run / "predictions.jsonl").read_text().splitlines() if '"q3-' in line]
+    for name in ("predictions.jsonl", "blind.jsonl"):
+        (run / name).write_text("\n".join(rows) + "\n")
+    scores = judge.load_run(run).scores
+    assert (scores["n"], scores["clusters"], scores["not_asked"]) == (4, 1, 0)
+
+
+def test_turn_order_of_reversed_frames_is_reported_beside():
+    questions = [question(f"r{i}", "route", options=0, group=f"g{i}") for i in range(4)]
+    answers = [said(q.id, "x", False, extra={"turn_order_match": i < 3}) for i, q in enumerate(questions)]
+    found = judge.score(answers, [], questions)["turn_order"]
+    assert (found["mean"], found["n"], found["clusters"]) == (0.75, 4, 4)
+
+
 def test_tables_are_written_as_csv_and_as_latex_that_typesets_any_name(tmp_path, walks):
     run = judge.load_run(folder_of(tmp_path, "50%_of_{a}&b", [i % 2 == 0 for i in range(64)], walks))
     csv, tex = tables.write_tables([run], tmp_path / "report.html")
     assert csv.read_text().splitlines()[0].startswith("run,category,accuracy,low,high,chance,blind,n,clusters")
     line = tex.read_text().splitlines()[4]
-    assert line.startswith(r"50\%\_of\_\{a\}\&b & direction, forward & 50.0 & ") and line.endswith(r" & 25.0 & 50.0 & 64 & 16 \\")
-    assert tables.latex_text("a\\b~c^d$e#f\x00\n<g>") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\$e\#f␀ \textless{}g\textgreater{}"
+    assert line.startswith(r"50\%\_of\_\{a\}\&b & direction, forward & 50.0 & ") and line.endswith(
+        r" & 25.0 & 50.0 & 64 & 16 \\"
+    )
+    assert (
+        tables.latex_text("a\\b~c^d$e#f\x00\n<g>")
+        == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\$e\#f␀ \textless{}g\textgreater{}"
+    )

@@ -49,11 +49,12 @@ def make_questions(clips: int, per_kind: int = 1, evil: bool = False) -> list[Qu
             for i in range(per_kind):
                 rng = random.Random(f"{clip}{kind}{i}")
                 options = tuple(", ".join(rng.choices(MOVES, k=3)) + f" ({letter})" for letter in "wxyz")
-                text = f"Which {task} is it on the way {'back' if order == 'reverse' else 'there'}? Watch closely and choose one."
+                text = f"Which {task} is it on the way {'back' if order == 'reverse' else 'there'}? Choose one."
                 found.append(
                     Question(
-                        id=f"c{clip}-{task}-{order}-{i}", clip_id=f"c{clip}", video=f"c{clip}.mp4", group=f"g{clip}", task=task, order=order,
-                        question=EVIL if evil else text, options=() if task == "route" else (EVIL, *options[1:]) if evil else options,
+                        id=f"c{clip}-{kind.replace('/', '-')}-{i}", clip_id=f"c{clip}", video=f"c{clip}.mp4",
+                        group=f"g{clip}", task=task, order=order, question=EVIL if evil else text,
+                        options=() if task == "route" else (EVIL if evil else options[0], *options[1:]),
                         answer="go straight, turn left" if task == "route" else rng.randrange(4), split="test",
                     )
                 )  # fmt: skip
@@ -86,15 +87,33 @@ def make_bench(folder: Path, questions: list[Question], videos: int = 4) -> Path
     return folder
 
 
-def make_run(folder: Path, bench: Path, questions: list[Question], seed=0, skill=0.5, mode="generate", said="", **settings) -> Path:
+def make_run(
+    folder: Path, bench: Path, questions: list[Question], seed=0, skill=0.5, mode="generate", said="", **settings
+) -> Path:
     """A run folder as ``stkit eval`` leaves it."""
     asked = [q for q in questions if mode == "generate" or not q.is_open]
     write_jsonl(folder / "predictions.jsonl", [row_of(answer(q, seed, skill, mode, said)) for q in asked])
     choice = [q for q in questions if not q.is_open]
     write_jsonl(folder / "blind.jsonl", [row_of(answer(q, seed + 100, 0.0, "letter")) for q in choice])
-    settings = {"bench": str(bench), "model": "tiny", "mode": mode, "control": "none", "seed": seed, "sampling": "uniform", "frames": 8} | settings
-    model = {"name": "tiny", "untrained": True, "device": "cpu", "dtype": "float32", "attention": "sdpa", "versions": {"torch": "2.14.1"}}
-    write_json(folder / "config.json", {"settings": settings, "model": model, "command": "stkit eval walks --model tiny --out first"})
+    settings = {
+        "bench": str(bench),
+        "model": "tiny",
+        "mode": mode,
+        "control": "none",
+        "seed": seed,
+        "sampling": "uniform",
+        "frames": 8,
+    } | settings
+    model = {"name": "tiny", "untrained": True, "device": "cpu", "dtype": "float32", "attention": "sdpa"}
+    write_json(
+        folder / "config.json",
+        {
+            "settings": settings,
+            "model": model,
+            "versions": {"torch": "2.14.1"},
+            "command": "stkit eval walks --model tiny --out first",
+        },
+    )
     return folder
 
 
@@ -165,12 +184,21 @@ def test_every_category_stands_with_n_clusters_interval_blind_score_and_chance(o
         figures = [part["accuracy"], part["low"], part["high"], part["chance"], part["blind"]]
         assert all(tables.percent(f) in cells for f in figures)
         assert cells.count(str(part["n"])) >= 1 and cells.count(str(part["clusters"])) >= 1
-    assert all(task in one[1].split("Forward minus reverse")[1] for task in judge.TASKS)
+    assert all(task in one[1].split("Forward minus reverse")[1] for task in plots.TASKS)
 
 
 def test_the_record_names_model_versions_seed_sampling_dtype_attention_and_command(one):
     text = Page(one[1].split("<h3>Record</h3>")[1]).text
-    for word in ("tiny", "2.14.1", "seed", "uniform", "float32", "sdpa", "stkit eval walks --model tiny --out first", "pyav"):
+    for word in (
+        "tiny",
+        "2.14.1",
+        "seed",
+        "uniform",
+        "float32",
+        "sdpa",
+        "stkit eval walks --model tiny --out first",
+        "pyav",
+    ):
         assert word in text
 
 
@@ -181,7 +209,12 @@ def test_the_page_needs_no_network_and_no_script(one):
     assert policy and "default-src 'none'" in policy[0] and "script-src" not in policy[0]
     assert page.all("img") and all(i["src"].startswith("data:image/jpeg;base64,") for i in page.all("img"))
     outside = re.sub(r'xmlns(:xlink)?="http://www\.w3\.org/[^"]*"', "", one[1])
-    assert "http://" not in outside and "https://" not in outside and "@import" not in outside and "url(http" not in outside
+    assert (
+        "http://" not in outside
+        and "https://" not in outside
+        and "@import" not in outside
+        and "url(http" not in outside
+    )
     assert len(one[1]) < 1_000_000
 
 
@@ -220,8 +253,47 @@ def test_a_video_that_is_gone_is_a_note_and_not_the_end(place):
 
 def test_no_text_from_outside_reaches_the_page_unescaped(evil):
     page = Page(evil)
-    allowed = {"html", "head", "meta", "title", "style", "body", "main", "section", "ul", "ol", "li", "h1", "h2", "h3", "h4", "p", "dl", "dt", "dd"}
-    allowed |= {"div", "table", "thead", "tbody", "tr", "th", "td", "b", "i", "br", "span", "small", "figure", "figcaption", "article", "header", "pre", "img"}
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "section",
+        "ul",
+        "ol",
+        "li",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "p",
+        "dl",
+        "dt",
+        "dd",
+    }
+    allowed |= {
+        "div",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "b",
+        "i",
+        "br",
+        "span",
+        "small",
+        "figure",
+        "figcaption",
+        "article",
+        "header",
+        "pre",
+        "img",
+    }
     allowed |= {"svg", "g", "path", "use", "defs", "text", "clippath", "rect"}
     assert {name for name, _ in page.tags} <= allowed
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
@@ -249,7 +321,11 @@ def test_two_runs_stand_side_by_side_with_p_values_corrected(place):
     assert (pair["first"], pair["second"]) == ("first", "second") and set(pair["by_task"]) == set(judge.KINDS)
     for part in pair["by_task"].values():
         assert part["p"] <= part["p_holm"] <= 1
-    assert "second against first" in page.text and "p, Holm" in page.text and "tiny → Qwen/Qwen2.5-VL-3B-Instruct" in page.text
+    assert (
+        "second against first" in page.text
+        and "p, Holm" in page.text
+        and "tiny → Qwen/Qwen2.5-VL-3B-Instruct" in page.text
+    )
     assert [r["name"] for r in found["runs"]] == ["first", "second"]
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(page.all("svg")) == 3 and len(ids) == len(set(ids))
@@ -294,13 +370,16 @@ def test_plots_print_n_and_clusters_and_keep_each_tasks_colour(place):
     assert words.count("12 / 12") == 8 and "direction, reverse" in words
     assert len(set(plots.TASK_COLOURS.values())) == 4
     figure = plots.runs_plot({"video": scores, "$shuffled_": scores}, Figure())
-    assert [panel.get_title() for panel in figure.axes] == list(judge.TASKS)
+    assert [panel.get_title() for panel in figure.axes] == list(plots.TASKS)
     assert figure.axes[0].get_yticklabels()[1].get_text() == "$shuffled_"
 
 
 def test_task_colours_are_told_apart_on_paper_and_screen():
     def light(colour: str) -> float:
-        linear = [(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))]
+        linear = [
+            (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     for colour in plots.TASK_COLOURS.values():  # WCAG asks 3:1 of graphics, on the light and on the dark page

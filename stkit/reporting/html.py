@@ -31,6 +31,7 @@ EXAMPLES = 6
 THUMBNAILS = 8
 THUMBNAIL_WIDTH = 160
 LONGEST_TEXT = 1500
+LEGEND = "Filled: forward, hollow: reverse; whiskers: 95 % intervals, clustered"
 TROUBLES = {"unparsed": "not read, %", "failed": "failed", "not_asked": "not asked"}
 
 
@@ -70,7 +71,9 @@ def pick_examples(rows: Sequence[Row], count: int = EXAMPLES, seed: int = 0) -> 
 def _thumbnail(pixels: np.ndarray) -> tuple[str, int, int]:
     """A frame ``(H, W, 3)`` uint8 as a data URI of a small JPEG, with its width and height."""
     height = max(1, round(pixels.shape[0] * THUMBNAIL_WIDTH / pixels.shape[1]))
-    image = Image.fromarray(pixels).resize((THUMBNAIL_WIDTH, min(height, 4 * THUMBNAIL_WIDTH)), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels).resize(
+        (THUMBNAIL_WIDTH, min(height, 4 * THUMBNAIL_WIDTH)), Image.Resampling.LANCZOS
+    )
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=72, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
@@ -128,6 +131,9 @@ def _card(run: Run, row: Row, seen: dict) -> dict:
     frames, note = _frames(run, question.video, seen)
     marks = {True: ("hit", "✓ hit"), False: ("miss", "✗ miss")}
     verdict, mark = marks[bool(said.correct)]
+    if turned := said.extra.get("rotations"):
+        right = sum(rotation["parsed"] == question.answer for rotation in turned)
+        mark += f", right under {right} of {len(turned)} rotations of the options"
     unread = "" if said.parsed is not None else ", which could not be read as an answer"
     label = f"the model’s text{unread}" if said.text else f"the model gave no text{unread}"
     return {
@@ -162,8 +168,16 @@ def _outcomes(run: Run, count: int) -> list[dict]:
 def flatten(value, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as ("model.dtype", "float32") lines, in their order."""
     if isinstance(value, Mapping) and value:
-        return [line for key, item in value.items() for line in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
-    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value in (None, "", {}) else str(value)
+        return [
+            line for key, item in value.items() for line in flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    shown = (
+        ", ".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else "–"
+        if value in (None, "", {})
+        else str(value)
+    )
     return [(prefix, shown)]
 
 
@@ -188,16 +202,21 @@ def _section(run: Run, number: int, count: int) -> dict:
     """What the template shows of one run."""
     settings = run.config["settings"]
     kept = ("model", "bench", "mode", "control", "split", "seed")
-    gaps, names = run.scores["forward_minus_reverse"], {task: task for task in TASKS} | {"overall": "all multiple choice"}
+    gaps, names = (
+        run.scores["forward_minus_reverse"],
+        {task: task for task in TASKS} | {"overall": "all multiple choice"},
+    )
     reasons = Counter(r.said.failed for r in run.rows if r.failed)
-    caption = "Filled: forward, hollow: reverse; whiskers: 95 % interval, clustered by walk; dashes: chance; cross: blind."
+    caption = f"{LEGEND}; dashes: chance; cross: blind."
     svg = inline_svg(accuracy_plot, run.scores, visible(_label(run.scores)), f"run{number}")
     return {
         "name": run.name,
         "subtitle": " · ".join(f"{name} {settings[name]}" for name in kept if settings.get(name) not in (None, "")),
         "scores": run.scores,
         "gaps": {task: gaps[key] for key, task in names.items() if gaps[key]},
-        "troubles": {key: label for key, label in TROUBLES.items() if any(part[key] for part in run.scores["by_task"].values())},
+        "troubles": {
+            key: label for key, label in TROUBLES.items() if any(part[key] for part in run.scores["by_task"].values())
+        },
         "not_asked": "routes are asked in generate mode" if settings.get("mode") == "letter" else "",
         "plot": {"svg": Markup(svg), "caption": caption},
         "outcomes": _outcomes(run, count),
@@ -210,9 +229,12 @@ def _pairs(runs: Sequence[Run], found: list[dict]) -> list[dict]:
     """The comparisons with their plots."""
     shown = []
     for i, pair in enumerate(found):
-        told = [f"{k.replace('/', ', ')} {_signed(p['difference'])} ({_signed(p['low'])} to {_signed(p['high'])})" for k, p in pair["by_task"].items()]
+        told = [
+            f"{k.replace('/', ', ')} {_signed(p['difference'])} ({_signed(p['low'])} to {_signed(p['high'])})"
+            for k, p in pair["by_task"].items()
+        ]
         label = f"{pair['second']} minus {pair['first']} in percentage points: " + "; ".join(told)
-        caption = f"{pair['second']} minus {pair['first']}; whiskers: 95 % interval, clustered by walk. Filled: forward, hollow: reverse."
+        caption = f"{pair['second']} minus {pair['first']}. {LEGEND}."
         svg = Markup(inline_svg(compare_plot, pair, visible(label), f"pair{i}"))
         shown.append(pair | {"plot": {"svg": svg, "caption": caption}})
     return shown
@@ -243,8 +265,8 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
         out: the HTML file; the category table goes beside it as ``.csv`` and ``.tex``.
 
     Returns:
-        {"report": path, "tables": [paths], "notices": [texts], "runs": [scores and name of each], "comparison": [as from
-        :func:`stkit.reporting.judge.compare`, empty for one run]}.
+        {"report": path, "tables": [paths], "notices": [texts], "runs": [name, path and scores of each],
+        "comparison": [as from :func:`stkit.reporting.judge.compare`, empty for one run]}.
 
     Raises:
         StkitError: a folder that isn't a run, a malformed file, an output that cannot be written.
@@ -256,15 +278,19 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
     comparison = compare(*loaded) if len(loaded) > 1 else []
     notices = _notices(loaded)
     count = max(2, EXAMPLES // len(loaded))
-    page = _environment().get_template("report.html").render(
-        version=__version__,
-        title=" and ".join(run.name for run in loaded),
-        colours=TASK_COLOURS,
-        tasks=TASKS,
-        kinds=KINDS,
-        notices=notices,
-        comparison=_pairs(loaded, comparison),
-        runs=[_section(run, i, count) for i, run in enumerate(loaded)],
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            version=__version__,
+            title=" and ".join(run.name for run in loaded),
+            colours=TASK_COLOURS,
+            tasks=TASKS,
+            kinds=KINDS,
+            notices=notices,
+            comparison=_pairs(loaded, comparison),
+            runs=[_section(run, i, count) for i, run in enumerate(loaded)],
+        )
     )
     write_text(out, page)
     tables = write_tables(loaded, out)

@@ -1,7 +1,7 @@
-"""Pictures of scores: a dot and its interval for every category, in colours that stay the same wherever a task is drawn.
+"""Pictures of scores: a dot and its interval for every category, each task in a colour of its own everywhere.
 
-Tasks differ by colour and by row, orders by filled and hollow dots, so that nothing is lost in black and white. Each returns
-matplotlib Axes and draws on one that is handed in, for notebooks and for the report alike::
+Tasks differ by colour and by row, orders by filled and hollow dots, so that nothing is lost in black and white. They
+draw on Axes that are handed in or make their own, for notebooks and for the report alike::
 
     from stkit.reporting import judge, plots
     plots.accuracy_plot(judge.load_run("runs/first").scores)
@@ -69,7 +69,16 @@ def _dot(ax, y: float, part: dict, colour: str, hollow: bool):
         ax.hlines(y, part["low"], part["high"], color=colour, linewidth=1.6, zorder=2, clip_on=False)
     face = "none" if hollow else colour
     sns.scatterplot(
-        x=[part["value"]], y=[y], ax=ax, s=34, facecolor=face, edgecolor=colour, linewidth=1.5, zorder=3, legend=False, clip_on=False
+        x=[part["value"]],
+        y=[y],
+        ax=ax,
+        s=34,
+        facecolor=face,
+        edgecolor=colour,
+        linewidth=1.5,
+        zorder=3,
+        legend=False,
+        clip_on=False,
     )
 
 
@@ -81,6 +90,7 @@ def _rows(ax, labels: list[str], counts: list[str], header: str):
         ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
     ax.text(1.02, -0.55, header, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9.5)
     ax.set_ylabel("")
+    ax.tick_params(axis="y", pad=7)  # room for a mark at 0
 
 
 def _percent_axis(ax, label: str, low: float = 0.0, high: float = 1.0):
@@ -107,7 +117,9 @@ def accuracy_plot(scores: dict, ax=None):
             if part["chance"] is not None:
                 ax.vlines(part["chance"], y - 0.3, y + 0.3, color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)), zorder=1)
             if part["blind"] is not None:
-                ax.plot(part["blind"], y, marker="x", color=INK, markersize=5.5, linestyle="none", zorder=2.5, clip_on=False)
+                ax.plot(
+                    part["blind"], y, marker="x", color=INK, markersize=5.5, linestyle="none", zorder=2.5, clip_on=False
+                )
             _dot(ax, y, part | {"value": part["accuracy"]}, colour, kind.endswith("reverse"))
         counts = [f"{scores['by_task'][k]['n']} / {scores['by_task'][k]['clusters']}" for k in kinds]
         _rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
@@ -116,7 +128,7 @@ def accuracy_plot(scores: dict, ax=None):
 
 
 def compare_plot(comparison: dict, ax=None):
-    """Second run minus first, category by category, with clustered 95 % intervals; a dot right of zero is in favour of the second.
+    """Second run minus first, category by category, with clustered 95 % intervals; right of zero the second is better.
 
     Args:
         comparison: one of the dicts of :func:`stkit.reporting.judge.compare`.
@@ -139,7 +151,7 @@ def compare_plot(comparison: dict, ax=None):
 
 
 def runs_plot(scores: dict[str, dict], fig=None):
-    """Small multiples, one a task: every run or control is a row, forward (filled) above reverse (hollow), on one common scale.
+    """Small multiples, one a task: every run or control is a row, forward (filled) above reverse (hollow).
 
     Args:
         scores: name -> scores, as from :func:`stkit.reporting.judge.score`.
@@ -163,7 +175,15 @@ def runs_plot(scores: dict[str, dict], fig=None):
                     if not part or part["accuracy"] is None:
                         continue
                     if part["chance"] is not None:
-                        ax.vlines(part["chance"], y - 0.35, y + 0.35, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
+                        ax.vlines(
+                            part["chance"],
+                            y - 0.35,
+                            y + 0.35,
+                            color=INK,
+                            linewidth=1,
+                            linestyle=(0, (2, 1.5)),
+                            zorder=1,
+                        )
                     _dot(ax, y + shift, part | {"value": part["accuracy"]}, TASK_COLOURS[task], order == "reverse")
                     ax.text(1.05, y + shift, f"{part['n']} / {part['clusters']}", va="center", fontsize=7.5)
             _percent_axis(ax, "accuracy, %")
@@ -173,7 +193,7 @@ def runs_plot(scores: dict[str, dict], fig=None):
 
 
 def inline_svg(draw, data: dict, label: str, name: str) -> str:
-    """A plot as an ``<svg>`` element to put into a page: it scales with its box, takes the page's ink and speaks its label.
+    """A plot as an ``<svg>`` element for a page: it scales with its box, takes the page's ink and speaks its label.
 
     Args:
         draw: ``accuracy_plot`` or ``compare_plot``.

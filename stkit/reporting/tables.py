@@ -15,12 +15,18 @@ from .judge import KINDS, Run
 
 COLUMNS = ("accuracy", "low", "high", "chance", "blind", "n", "clusters", "resolved_accuracy", "accuracy_failed_wrong",
            "unparsed_rate", "failed", "not_asked")  # fmt: skip
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
 LATEX |= {char: "\\" + char for char in "&%$#_{}"}
 
 
 def visible(text: object) -> str:
-    """Any value as text in which nothing can hide or break a page: controls, bidirectional overrides and lone surrogates become visible.
+    """Any value as text that hides nothing and breaks no page: controls, overrides of direction, lone surrogates show.
 
     >>> visible("a\\x00b\\u202ec")
     'a␀b⟨U+202E⟩c'
@@ -46,13 +52,15 @@ def latex_text(text: object) -> str:
 
 
 def table(*runs: Run) -> pd.DataFrame:
-    """One row a run and category (an ``overall`` row last): the columns of ``judge.score``, shares in [0, 1], NaN where undefined."""
+    """One row a run and category, ``overall`` last, with ``judge.score``'s figures: shares in [0, 1], NaN if undefined."""
     rows = []
     for run in runs:
         parts = {kind: run.scores["by_task"][kind] for kind in KINDS if kind in run.scores["by_task"]}
         for kind, part in (parts | {"overall": run.scores}).items():
             rows.append({"run": run.name, "category": kind} | {name: part[name] for name in COLUMNS})
-    return pd.DataFrame(rows).astype({name: float for name in COLUMNS if name not in ("n", "clusters", "failed", "not_asked")})
+    return pd.DataFrame(rows).astype(
+        {name: float for name in COLUMNS if name not in ("n", "clusters", "failed", "not_asked")}
+    )
 
 
 def latex(runs: Sequence[Run]) -> str:
@@ -66,7 +74,13 @@ def latex(runs: Sequence[Run]) -> str:
     for row in table(*runs).astype(object).where(lambda frame: frame.notna(), None).to_dict("records"):
         interval = "–" if row["low"] is None else f"{percent(row['low'])}--{percent(row['high'])}"
         cells = [row["run"], row["category"].replace("/", ", "), percent(row["accuracy"])]
-        cells = [latex_text(c) for c in cells] + [interval, percent(row["chance"]), percent(row["blind"]), row["n"], row["clusters"]]
+        cells = [latex_text(c) for c in cells] + [
+            interval,
+            percent(row["chance"]),
+            percent(row["blind"]),
+            row["n"],
+            row["clusters"],
+        ]
         lines.append(" & ".join(str(c).replace("–", "--") for c in cells) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
@@ -76,7 +90,9 @@ def text_table(scores: dict) -> str:
     lines = [f"{'category':<20}{'accuracy':>9}  {'95 % interval':<14}{'chance':>7}{'blind':>7}{'n':>6}{'clusters':>10}"]
     for kind, part in (scores["by_task"] | {"overall": scores}).items():
         interval = "–" if part["low"] is None else f"{percent(part['low'])} to {percent(part['high'])}"
-        figures = f"{percent(part['accuracy']):>9}  {interval:<14}{percent(part['chance']):>7}{percent(part['blind']):>7}"
+        figures = (
+            f"{percent(part['accuracy']):>9}  {interval:<14}{percent(part['chance']):>7}{percent(part['blind']):>7}"
+        )
         lines.append(f"{kind:<20}{figures}{part['n']:>6}{part['clusters']:>10}")
     return "\n".join(lines)
 

@@ -176,7 +176,7 @@ def test_only_an_ood_build_is_out_of_distribution(built, tmp_path):
     make(tmp_path / "walks", clips=1, ood=True)
     (clip,) = load_benchmark(tmp_path / "walks").clips
     assert clip.ood and clip.id == "ood-0-00000" and clip.settings["dressing"] in OOD_DRESSINGS
-    assert 80 <= clip.settings["light"] <= 130
+    assert 120 <= clip.settings["light"] <= 155
     for usual in load_benchmark(built[0]).clips:
         assert not usual.ood and usual.settings["dressing"] not in OOD_DRESSINGS and usual.settings["light"] >= 160
 

@@ -76,7 +76,7 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
     made = PRESETS[name]
     if ood:
         longer = {"tiny": {"turns": (5, 6), "actions": (2, 2)}, "default": {"turns": (6, 8), "actions": (2, 3)}}[name]
-        made = replace(made, ood=True, textures=OOD_DRESSINGS, light=(80, 130), **longer)
+        made = replace(made, ood=True, textures=OOD_DRESSINGS, light=(120, 155), **longer)
     bounds = {
         "turns": (0, 12),
         "landmarks": (0, len(made.landmark_kinds)),

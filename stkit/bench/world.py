@@ -29,7 +29,7 @@ from .wad import DOOR_AT, Scene, Thing, map_name, point
 
 WALLS = {  # the texture of each kind of landmark that is a wall
     "brick": "STWALL", "wood": "ZZWOLF5", "marble": "MARBLE1", "metal": "SHAWN2",
-    "computer": "COMPUTE4", "fire": "FIREWALA", "ash": "ASHWALL2", "skin": "SKIN2",
+    "computer": "PLANET1", "fire": "FIREWALA", "ash": "ASHWALL2", "skin": "SKIN2",
 }  # fmt: skip
 OBJECTS = {"torch": (46, 1.7), "column": (30, 2.0), "tree": (47, 2.6), "barrel": (2035, 3.0)}  # (thing, scale)
 OBJECT_ASIDE = 84  # units from the cell's centre: near the wall, out of the walker's way
@@ -40,9 +40,9 @@ DRESSINGS = {  # (wall, floor, ceiling)
     "plaster": ("TANROCK2", "FLOOR4_8", "CEIL3_5"),
     "panel": ("PANEL2", "FLOOR5_2", "CEIL5_1"),
     "concrete": ("GRAY1", "FLAT5_4", "FLOOR7_1"),
-    "tile": ("AQTILE01", "FLOOR1_1", "CEIL3_2"),
+    "tile": ("CEMENT7", "FLAT19", "CEIL3_3"),
     "rust": ("AQRUST05", "FLAT1", "CEIL5_2"),
-    "rock": ("ROCK4", "RROCK09", "RROCK03"),
+    "rock": ("SP_ROCK1", "RROCK04", "RROCK11"),
 }
 THRUST = 0.125  # units a tick for one unit of the move buttons (Doom's 1/32, times the walker's 4)
 MOST_THRUST = 50

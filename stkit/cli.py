@@ -264,12 +264,12 @@ def run(arguments: list[str]) -> int:
             warnings.showwarning = lambda w, *_, **__: _say(str(w), "warning") if isinstance(w, StkitWarning) else None
         try:
             code = app([a for a in arguments if a != "--debug"] or ["--help"], prog_name="stkit", standalone_mode=False)
-        except SystemExit:
-            raise
-        except BaseException as error:
+        except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise
             return _failure(error)
+    if code == 130:  # newer Typers turn Ctrl-C into this code
+        return _failure(KeyboardInterrupt())
     return code if isinstance(code, int) else 0
 
 

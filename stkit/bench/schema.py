@@ -153,8 +153,11 @@ class BadRows(StkitError):
 
     def __init__(self, problems: list[str]):
         self.problems = tuple(problems)
-        fix = "fix these rows, or go on without them by --skip-bad (skip_bad=True)"
-        super().__init__("\n".join([*problems, f"{len(problems)} bad row{'s' * (len(problems) != 1)}: {fix}"]))
+        if len(problems) == 1:
+            super().__init__(f"{problems[0]}; or go on without that row by --skip-bad (skip_bad=True)")
+        else:
+            fix = f"{len(problems)} bad rows: mend them, or go on without them by --skip-bad (skip_bad=True)"
+            super().__init__("\n".join([*problems, fix]))
 
 
 def video_problem(video) -> str:

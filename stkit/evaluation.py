@@ -34,7 +34,7 @@ from .vlm.controls import CONTROLS
 from .vlm.interview import BLIND, Interview, Settings, Shown
 from .vlm.load import Loaded, load_model
 from .vlm.prompts import STYLES
-from .vlm.video import PUBLISHED_MAX_PIXELS
+from .vlm.video import PUBLISHED_MAX_PIXELS, READERS
 
 MODES = ("letter", "generate")
 
@@ -110,7 +110,8 @@ def evaluate(
         StkitError: no such benchmark or model, malformed rows, a folder of another run, files that changed since the
             run started, a prompt longer than the model's context, a full disk.
     """
-    _check(mode, control, split, limit, batch_size, max_new_tokens, prompt)
+    _check({"mode": mode, "control": control, "split": split, "prompt": prompt, "reader": reader},
+           {"seed": seed, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens})  # fmt: skip
     benchmark = load_benchmark(bench, skip_bad)
     questions = benchmark.select(split, limit)
     if not questions:
@@ -138,16 +139,16 @@ def evaluate(
     return Result(scores, _frame(run.said, questions), out)
 
 
-def _check(mode, control, split, limit, batch_size, max_new_tokens, prompt) -> None:
+def _check(names: dict, numbers: dict) -> None:
     """Refuse what makes no sense before anything is loaded."""
-    named = {"mode": mode, "control": control, "split": split, "prompt": prompt}
-    for (name, value), known in zip(named.items(), (MODES, CONTROLS, (None, *SPLITS), STYLES), strict=True):
+    for (name, value), known in zip(names.items(), (MODES, CONTROLS, (None, *SPLITS), STYLES, READERS), strict=True):
         if value not in known:
             raise BadUse(f"{name} {value!r} is unknown: use {', '.join(k for k in known if k)}")
-    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise BadUse(f"{name}={value!r}: give a whole number of at least 1")
-    if control == "circular" and mode != "letter":
+    for name, value in numbers.items():
+        least = 0 if name == "seed" else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise BadUse(f"{name}={value!r}: give a whole number of at least {least}")
+    if names["control"] == "circular" and names["mode"] != "letter":
         raise BadUse("control 'circular' compares letters: use mode 'letter' with it")
 
 
@@ -204,7 +205,7 @@ def _start(out: Path, settings: dict, record: dict, files: dict, batch_size: int
     recorded = out / "files.json"
     if recorded.exists():
         before = read_json(recorded)
-        changed = [k for part in files for k in files[part] if files[part][k] != before.get(part, {}).get(k)]
+        changed = [k for part in files for k, v in files[part].items() if before.get(part, {}).get(k, v) != v]
         if changed:
             names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise StkitError(
@@ -239,7 +240,7 @@ class _Run:
             if self._open(question):
                 clips.setdefault(question.video, []).append(question)
         left, done, begin = sum(map(len, clips.values())), 0, time.monotonic()
-        with tqdm(total=left, unit="question", disable=not progress, file=sys.stderr) as bar:
+        with tqdm(total=left, unit="question", disable=not (progress and left), file=sys.stderr) as bar:
             for video, group in clips.items():
                 self._ask_clip(video, group)
                 done += len(group)

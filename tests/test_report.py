@@ -1,6 +1,7 @@
 """The report: complete, self-contained, safe against what stands in files, and honest in its first line."""
 
 import csv
+import errno
 import html.parser as html_parser
 import json
 import random
@@ -386,3 +387,40 @@ def test_task_colours_are_told_apart_on_paper_and_screen():
         for page in ("#fbfaf8", "#14171a"):
             high, low = sorted((light(colour), light(page)), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_a_run_without_an_answer_yet_is_reported_as_no_result(place, recwarn):
+    run = make_run(place / "started", place / "walks", make_questions(12))
+    (run / "predictions.jsonl").write_text("")
+    found = html.report(run, place / "started.html")
+    assert found["notices"][1] == "no question was scored: nothing here is a result"
+    assert found["runs"][0]["accuracy"] is None and not recwarn.list
+    html.report([run, place / "first"], place / "started.html")
+    assert "share no scored question" in (place / "started.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_says_why_in_one_line(place, monkeypatch):
+    (place / "file").write_text("x")
+    with pytest.raises(StkitError, match="file"):
+        html.report(place / "first", place / "file" / "report.html")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StkitError, match="the disk is full") as error:
+        html.report(place / "first", place / "full.html")
+    assert "\n" not in str(error.value) and not list(place.glob("*full*"))
+
+
+def test_a_miss_of_the_circular_control_tells_under_how_many_rotations_it_was_right(place):
+    questions = [q for q in make_questions(12) if not q.is_open]
+    run = make_run(place / "circular", place / "walks", make_questions(12), mode="letter", control="circular")
+    rows = []
+    for q in questions:
+        rotations = [{"parsed": q.answer, "log_probs": []}] * 3 + [{"parsed": (q.answer + 1) % 4, "log_probs": []}]
+        said = Prediction(q.id, "letter", "circular", "A", q.answer, False, extra={"rotations": rotations})
+        rows.append(row_of(said))
+    write_jsonl(run / "predictions.jsonl", rows)
+    html.report(run, place / "circular.html")
+    assert "✗ miss, right under 3 of 4 rotations of the options" in (place / "circular.html").read_text()

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .. import __version__
 from ..bench.schema import LETTERS, TASKS
-from ..runs import write_text
+from ..runs import explain, write_text
 from ..runtime import BadUse, StkitError, child_seed, generator
 from .judge import CONTROLS, KINDS, Row, Run, compare, load_run
 from .plots import TASK_COLOURS, accuracy_plot, compare_plot, inline_svg
@@ -102,7 +102,8 @@ def _frames(run: Run, video: str, seen: dict) -> tuple[list[dict], str]:
         pictures.append({"uri": uri, "width": width, "height": height, "time": time, "alt": alt})
     control = run.config["settings"].get("control", "none")
     note = f"{len(shown)} of the {total} sampled frames" if len(shown) < total else ""
-    note += f"{'; ' if note else ''}in the video's order, the {CONTROLS[control]}" if control in CONTROLS else ""
+    if control in CONTROLS and control != "circular":
+        note += f"{'; ' if note else ''}shown in the video’s order ({CONTROLS[control]})"
     seen[video] = pictures, note
     return seen[video]
 
@@ -167,24 +168,27 @@ def _outcomes(run: Run, count: int) -> list[dict]:
 
 def flatten(value, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as ("model.dtype", "float32") lines, in their order."""
-    if isinstance(value, Mapping) and value:
-        return [
-            line for key, item in value.items() for line in flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    shown = (
-        ", ".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else "–"
-        if value in (None, "", {})
-        else str(value)
-    )
-    return [(prefix, shown)]
+    if not isinstance(value, Mapping) or not value:
+        return [(prefix, _shown(value))]
+    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
+    return [line for name, item in named.items() for line in flatten(item, name)]
 
 
-def _record(run: Run) -> list[tuple[str, str]]:
-    """Everything the run was made with, and the video readers that its predictions name."""
+def _shown(value) -> str:
+    """One setting in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value)) or "–"
+    return "–" if value in (None, "", {}) else str(value)
+
+
+def _record(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Everything the run was made with, part by part, and the video readers that its predictions name."""
     readers = sorted({str(p.extra["reader"]) for p in run.predictions if p.extra.get("reader")})
-    return flatten(run.config) + ([("video reader", ", ".join(readers))] if readers else [])
+    parts = {key: value for key, value in run.config.items() if isinstance(value, Mapping)}
+    rest = {key: value for key, value in run.config.items() if key not in parts} | {"video reader": readers}
+    return [(key, flatten(value)) for key, value in (parts | {"run": rest}).items()]
 
 
 def _label(scores: dict) -> str:
@@ -202,10 +206,8 @@ def _section(run: Run, number: int, count: int) -> dict:
     """What the template shows of one run."""
     settings = run.config["settings"]
     kept = ("model", "bench", "mode", "control", "split", "seed")
-    gaps, names = (
-        run.scores["forward_minus_reverse"],
-        {task: task for task in TASKS} | {"overall": "all multiple choice"},
-    )
+    gaps = run.scores["forward_minus_reverse"]
+    names = {task: task for task in TASKS} | {"overall": "all multiple choice"}
     reasons = Counter(r.said.failed for r in run.rows if r.failed)
     caption = f"{LEGEND}; dashes: chance; cross: blind."
     svg = inline_svg(accuracy_plot, run.scores, visible(_label(run.scores)), f"run{number}")
@@ -234,9 +236,10 @@ def _pairs(runs: Sequence[Run], found: list[dict]) -> list[dict]:
             for k, p in pair["by_task"].items()
         ]
         label = f"{pair['second']} minus {pair['first']} in percentage points: " + "; ".join(told)
+        differs = [(key, _shown(a), _shown(b)) for key, a, b in pair["differs"]]
         caption = f"{pair['second']} minus {pair['first']}. {LEGEND}."
         svg = Markup(inline_svg(compare_plot, pair, visible(label), f"pair{i}"))
-        shown.append(pair | {"plot": {"svg": svg, "caption": caption}})
+        shown.append(pair | {"plot": {"svg": svg, "caption": caption}, "differs": differs})
     return shown
 
 
@@ -292,8 +295,11 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
             runs=[_section(run, i, count) for i, run in enumerate(loaded)],
         )
     )
-    write_text(out, page)
-    tables = write_tables(loaded, out)
+    try:
+        write_text(out, page)
+        tables = write_tables(loaded, out)
+    except OSError as error:
+        raise StkitError(explain(error)) from error
     return {
         "report": str(out),
         "tables": [str(path) for path in tables],

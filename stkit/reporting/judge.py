@@ -130,7 +130,7 @@ def load_run(folder: str | Path) -> Run:
     known = {q.id for q in questions}
     if strange := [p.id for p in (*predictions, *blind) if p.id not in known]:
         raise StkitError(
-            f"{folder}: {strange[0]!r:.80} is answered there but not in {benchmark.path}, which changed since: restore it"
+            f"{folder}: {strange[0]!r:.80} is answered there but not in {benchmark.path}, which changed since"
         )
     scores = score(predictions, blind, questions)
     return Run(folder.resolve().name, folder, config, predictions, blind, questions, benchmark, scores, changed)

@@ -56,6 +56,15 @@ def _axes(ax, rows: int):
     return ax
 
 
+def _drawn(data: dict) -> list[str]:
+    """The categories that there is something to draw of: those with an accuracy, or with a difference."""
+    return [
+        k
+        for k in KINDS
+        if (part := data["by_task"].get(k)) and part.get("accuracy", part.get("difference")) is not None
+    ]
+
+
 def figure_size(rows: int) -> tuple[float, float]:
     """Inches, width and height, for a plot of so many categories."""
     return 4.8, 0.8 + 0.29 * rows
@@ -85,7 +94,7 @@ def _dot(ax, y: float, part: dict, colour: str, hollow: bool):
 def _rows(ax, labels: list[str], counts: list[str], header: str):
     """Name each row on the left, print its counts on the right."""
     ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     for y, text in enumerate(counts):
         ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
     ax.text(1.02, -0.55, header, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9.5)
@@ -109,7 +118,7 @@ def accuracy_plot(scores: dict, ax=None):
     Returns:
         The Axes; n and clusters are printed beside each row.
     """
-    kinds = [k for k in KINDS if scores["by_task"].get(k, {}).get("accuracy") is not None]
+    kinds = _drawn(scores)
     with _style():
         ax = _axes(ax, len(kinds))
         for y, kind in enumerate(kinds):
@@ -134,7 +143,7 @@ def compare_plot(comparison: dict, ax=None):
         comparison: one of the dicts of :func:`stkit.reporting.judge.compare`.
         ax: matplotlib Axes to draw on; None makes a figure.
     """
-    kinds = [k for k in KINDS if k in comparison["by_task"]]
+    kinds = _drawn(comparison)
     parts = [comparison["by_task"][k] for k in kinds]
     ends = [abs(p[name]) for p in parts for name in ("low", "high", "difference") if p[name] is not None]
     reach = min(1.0, max([0.1, *ends]) * 1.08)
@@ -200,10 +209,15 @@ def inline_svg(draw, data: dict, label: str, name: str) -> str:
         data: what it draws.
         label: text alternative.
         name: put before the ids of this picture, so that they differ from those of another on the same page.
+
+    Returns:
+        The element's text, "" when there is nothing to draw.
     """
+    if not _drawn(data):
+        return ""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=figure_size(len(data["by_task"])), layout="constrained")
+        figure = Figure(figsize=figure_size(len(_drawn(data))), layout="constrained")
         draw(data, ax=figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

@@ -52,7 +52,7 @@ def latex_text(text: object) -> str:
 
 
 def table(*runs: Run) -> pd.DataFrame:
-    """One row a run and category, ``overall`` last, with ``judge.score``'s figures: shares in [0, 1], NaN if undefined."""
+    """One row a run and category, ``overall`` last, with figures of ``judge.score``: shares in [0, 1] or NaN."""
     rows = []
     for run in runs:
         parts = {kind: run.scores["by_task"][kind] for kind in KINDS if kind in run.scores["by_task"]}

@@ -277,6 +277,14 @@ def test_an_engine_that_dies_twice_is_an_error_of_one_line(tmp_path, monkeypatch
     assert "\n" not in str(error.value) and "trying once more" in capfd.readouterr().err
 
 
+def test_an_engine_that_hangs_is_ended(tmp_path, monkeypatch, capfd):
+    run_instead(monkeypatch, "import time\ntime.sleep(600)")
+    monkeypatch.setattr(crew, "LIMIT_S", 0.2)
+    with pytest.raises(StkitError, match="chunk 0: the engine died twice .signal 9; no message."):
+        make(tmp_path / "walks", clips=1)
+    assert capfd.readouterr().err.count("trying once more") == 1
+
+
 @pytest.mark.parametrize("part", ["write_text", "encode"])
 def test_a_full_disk_while_rendering_is_one_line(tmp_path, monkeypatch, part):
     code = "def full(*_):\n    raise OSError(errno.ENOSPC, 'No space left on device', 'walk.mp4')\n"
@@ -333,8 +341,8 @@ def test_a_million_clips_ask_for_a_yes_with_time_and_size(tmp_path):
     ):
         make(tmp_path / "walks", clips=1_000_000)
     assert not (tmp_path / "walks").exists()
-    # one clip of the tiny preset: at most 31 gaps of 55/2 ticks, a frame every 5 ticks, 8 ms and 3 kB each
-    assert build.estimate(10**6, PRESETS["tiny"]) == "about 378.9 hours on 1 worker and 524 GB of disk"
+    # one clip of the tiny preset: at most 31 gaps of 55/2 ticks, a frame every 5 ticks, 5 ms and 2.3 kB each
+    assert build.estimate(10**6, PRESETS["tiny"]) == "about 236.8 hours on 1 worker and 393 GB of disk"
 
 
 def test_the_map_of_a_walk_can_be_drawn():

@@ -28,7 +28,7 @@ from .world import screen_resolution
 
 CHUNK = 10  # clips an engine; fixed, since what an engine has shown before a clip can change its frames
 MANY_CLIPS = 20_000  # more than this needs a yes
-SECONDS_A_FRAME, BYTES_A_PIXEL = 0.008, 0.16  # of one core at 160x120 and of the disk, measured on the tiny preset
+SECONDS_A_FRAME, BYTES_A_PIXEL = 0.005, 0.12  # of one core at 160x120 and of the disk, measured on the tiny preset
 
 
 def build_benchmark(

@@ -27,6 +27,7 @@ from ..runtime import StkitError
 
 COMMAND = (sys.executable, "-m", "stkit.bench.chunk")
 GRACE_S = 10  # for a process to close its engine and leave nothing behind, before it is killed
+LIMIT_S = 3600  # for a chunk; ten clips of the default preset take a minute
 
 
 class Crew:
@@ -106,6 +107,9 @@ class Crew:
         """Run one process to its end: its exit code, its error message ("" if it had none), what it left on stderr."""
         error, counted = "", 0
         with tempfile.TemporaryFile() as log, self._start(log) as child:
+            limit = threading.Timer(LIMIT_S, _kill_group, [child])
+            limit.daemon = True
+            limit.start()
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(json.dumps(job).encode() + b"\n")
                 child.stdin.flush()
@@ -115,6 +119,7 @@ class Crew:
                 with self._lock:
                     self.bar.update("clip" in said)
             code = child.wait()
+            limit.cancel()
             _kill_group(child)
             with self._lock:
                 self._children.discard(child)

@@ -22,7 +22,7 @@ from stkit.bench.plans import (
     preset,
     schedule,
 )
-from stkit.bench.presets import DRESSINGS, OOD_DRESSINGS
+from stkit.bench.presets import DRESSINGS
 from stkit.bench.routes import ACTIONS, LANDMARKS, reverse
 from stkit.bench.schema import Step
 from stkit.runtime import BadUse, StkitError
@@ -301,51 +301,6 @@ def test_covered_counts_sampled_frames_of_the_schedule(walks):
             shown.update(named)
         assert covered(plan, sparse) == {step for step, count in shown.items() if count >= 2}
     assert any(asked(plan) - covered(plan, sparse) for plan in walks[:30])
-
-
-def test_knobs_turn_a_preset():
-    made = preset("tiny", turns=(1, 1), landmarks=(0, 2), light=(10, 20), resolution=(64, 48), textures=("rust",))
-    plan = make_plan(0, 0, made)
-    assert len(plan.turns) == 1 and plan.dressing == "rust" and 10 <= plan.light <= 20
-    assert (made.width, made.height) == (64, 48)
-    assert make_plan(0, 0, preset("tiny", turns=(0, 0), landmarks=(0, 0), actions=(0, 0))).turns == ()
-
-
-def test_out_of_distribution_is_longer_darker_and_dressed_otherwise():
-    for name in PRESETS:
-        plain, made = preset(name), preset(name, ood=True)
-        assert made.ood and not plain.ood
-        assert sum(made.turns) > sum(plain.turns) and made.light[1] < plain.light[0]
-        assert not {*made.textures} & {*plain.textures} and {*made.textures} == {*OOD_DRESSINGS}
-
-
-@pytest.mark.parametrize(
-    ("knobs", "named"),
-    [
-        ({"turns": (3, 2)}, "turns"),
-        ({"turns": 3}, "turns=3"),
-        ({"turns": (1, 99)}, "99"),
-        ({"turns": (1.5, 2)}, "1.5"),
-        ({"landmarks": (3, 13)}, "13"),
-        ({"landmarks": (2, 9)}, "room for 6"),
-        ({"actions": (1, 7)}, "7"),
-        ({"light": (0, 300)}, "300"),
-        ({"resolution": (161, 120)}, "161"),
-        ({"resolution": "big"}, "big"),
-        ({"textures": ("velvet",)}, "velvet"),
-        ({"textures": ()}, "none"),
-        ({"doors": (1, 2)}, "doors"),
-    ],
-)
-def test_a_knob_out_of_range_is_named(knobs, named):
-    with pytest.raises(BadUse, match=named) as caught:
-        preset("tiny", **knobs)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_preset_is_named():
-    with pytest.raises(BadUse, match="'huge'.*tiny, default"):
-        preset("huge")
 
 
 def test_a_walk_without_room_says_so(monkeypatch):

@@ -32,20 +32,25 @@ def make_model(family: str) -> Loaded:
     processor = PROCESSORS[family, False]
     ids = processor.tokenizer.convert_tokens_to_ids
     text = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(processor.tokenizer),
-        "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}, "pad_token_id": 0,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": len(processor.tokenizer),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}, "pad_token_id": 0,
     }  # fmt: skip
     vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision |= {
         "qwen2_vl": {"embed_dim": 32, "hidden_size": 32, "patch_size": 14, "mlp_ratio": 2},
-        "qwen2_5_vl": {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "patch_size": 14, "fullatt_block_indexes": [1], "tokens_per_second": 4},
-        "qwen3_vl": {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        "qwen2_5_vl": {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "patch_size": 14,
+        "fullatt_block_indexes": [1], "tokens_per_second": 4},
+        "qwen3_vl": {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "patch_size": 16,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
     }[family]  # fmt: skip
     if family == "qwen3_vl":
         text |= {"head_dim": 8}
     names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
     config = getattr(transformers, f"{names[family]}Config")(
-        text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
     torch.manual_seed(1)
@@ -61,14 +66,23 @@ MODELS = {family: make_model(family) for family in FAMILIES}
 
 
 def make_video(family: str, frames: Frames | None = None):
-    return prepare(frames or make_frames(family), video_spec(PROCESSORS[family, False]), min_pixels=784, max_pixels=10**6)
+    return prepare(
+        frames or make_frames(family), video_spec(PROCESSORS[family, False]), min_pixels=784, max_pixels=10**6
+    )
 
 
 def alone(loaded: Loaded, prompt, video) -> dict:
     """One question as Transformers takes it: unpadded, with the pixels themselves."""
-    inputs = {"input_ids": torch.tensor([prompt.ids]), "attention_mask": torch.ones(1, len(prompt.ids), dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.tensor([prompt.ids]),
+        "attention_mask": torch.ones(1, len(prompt.ids), dtype=torch.long),
+    }
     if video is not None:
-        inputs |= {"mm_token_type_ids": torch.tensor([prompt.mm_token_type_ids]), "pixel_values_videos": video.pixel_values, "video_grid_thw": video.grid_thw[None]}
+        inputs |= {
+            "mm_token_type_ids": torch.tensor([prompt.mm_token_type_ids]),
+            "pixel_values_videos": video.pixel_values,
+            "video_grid_thw": video.grid_thw[None],
+        }
         if loaded.record["family"] == "qwen2_5_vl":
             inputs["second_per_grid_ts"] = torch.tensor([video.second_per_grid_s])
     return inputs
@@ -111,7 +125,13 @@ def test_qwen25_is_told_the_seconds_of_the_frames_really_sampled():
     prompt = build_prompt(QUESTION, loaded.processor, "qwen2_5_vl", video)
     features = encode_video(loaded, video)
     slow = video._replace(second_per_grid_s=video.second_per_grid_s * 9)
-    assert np.abs(letter_log_probs(loaded, [prompt], video, features)[0] - letter_log_probs(loaded, [prompt], slow, features)[0]).max() > 1e-5
+    assert (
+        np.abs(
+            letter_log_probs(loaded, [prompt], video, features)[0]
+            - letter_log_probs(loaded, [prompt], slow, features)[0]
+        ).max()
+        > 1e-5
+    )
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["video", "blind"])
@@ -124,7 +144,9 @@ def test_decoding_is_greedy_and_the_same_in_a_batch_as_alone(family, seen):
     for prompt in prompts:
         new = []
         while len(new) < 6 and (not new or new[-1] not in ends):  # the plain definition: all anew for every token
-            longer = replace(prompt, ids=(*prompt.ids, *new), mm_token_type_ids=(*prompt.mm_token_type_ids, *[0] * len(new)))
+            longer = replace(
+                prompt, ids=(*prompt.ids, *new), mm_token_type_ids=(*prompt.mm_token_type_ids, *[0] * len(new))
+            )
             with torch.no_grad():
                 new.append(int(loaded.model(**alone(loaded, longer, video)).logits[0, -1].argmax()))
         finished = new[-1] in ends
@@ -158,9 +180,19 @@ def numbered_frames(count: int = 8) -> Frames:
 
 def test_controls_change_the_pictures_and_leave_the_times():
     frames = numbered_frames()
-    order = {c: control_frames(frames, c, 0, "walk").pixels[:, 0, 0, 0].tolist() for c in ("none", "shuffled", "reversed", "single-frame", "circular", "blind")}
-    assert order["none"] == order["circular"] == order["blind"] == list(range(8)) and order["reversed"] == list(range(8))[::-1]
-    assert sorted(order["shuffled"]) == list(range(8)) and order["shuffled"] != list(range(8)) and order["single-frame"] == [4, 4]
+    order = {
+        c: control_frames(frames, c, 0, "walk").pixels[:, 0, 0, 0].tolist()
+        for c in ("none", "shuffled", "reversed", "single-frame", "circular", "blind")
+    }
+    assert (
+        order["none"] == order["circular"] == order["blind"] == list(range(8))
+        and order["reversed"] == list(range(8))[::-1]
+    )
+    assert (
+        sorted(order["shuffled"]) == list(range(8))
+        and order["shuffled"] != list(range(8))
+        and order["single-frame"] == [4, 4]
+    )
     for control in ("shuffled", "reversed"):
         assert control_frames(frames, control, 0, "walk").timestamps_s.tolist() == frames.timestamps_s.tolist()
     assert control_frames(frames, "single-frame", 0, "walk").timestamps_s.tolist() == [2.0, 2.0]
@@ -181,19 +213,29 @@ def test_rotation_puts_every_option_under_every_letter_once():
 
 
 def test_reversed_frames_show_the_turns_the_other_way_round_and_in_reverse():
-    """Left, left, right, played backwards: the last turn comes first, and a turn to the right becomes one to the left."""
-    route = routes.parse("go straight, turn left, go straight, turn left, pass the tree on your right, turn right, go straight")
+    """Left, left, right, played backwards: the last turn comes first, and a right one is to the left."""
+    route = routes.parse(
+        "go straight, turn left, go straight, turn left, pass the tree on your right, turn right, go straight"
+    )
     assert turns(route) == ["left", "left", "right"] and turns_seen_backwards(route) == ["left", "right", "right"]
 
 
 def ask_canned(monkeypatch, questions, texts, **settings) -> list[Prediction]:
     """Interview a model that says these texts."""
     monkeypatch.setattr(module, "decode", lambda *_: [Said(t, 3, not t.endswith("…")) for t in texts])
-    return Interview(MODELS["qwen2_5_vl"], Settings(mode="generate", max_new_tokens=8, **settings)).ask(questions, BLIND)
+    return Interview(MODELS["qwen2_5_vl"], Settings(mode="generate", max_new_tokens=8, **settings)).ask(
+        questions, BLIND
+    )
 
 
 def test_decoded_answers_are_read_and_the_unresolved_is_wrong(monkeypatch):
-    texts = ["<think>A</think><answer>A</answer>", "<answer>B</answer>", "A or B", "I can't tell", "<think>The answer is A…"]
+    texts = [
+        "<think>A</think><answer>A</answer>",
+        "<answer>B</answer>",
+        "A or B",
+        "I can't tell",
+        "<think>The answer is A…",
+    ]
     said = ask_canned(monkeypatch, [QUESTION] * 5, texts)
     assert [p.parsed for p in said] == [0, 1, None, None, None]
     assert [p.correct for p in said] == [True, False, False, False, False]
@@ -207,11 +249,16 @@ def route_question(answer: str, order: str = "forward") -> Question:
 def test_a_route_is_scored_by_exact_match_and_edit_distance(monkeypatch):
     truth = routes.render(Route((Step("move", "straight"), Step("move", "left"), Step("landmark", "tree", "right"))))
     texts = [
-        "<think>hm</think><answer>Walk forward. Turn left, then walk past the tree on your right.</answer>", "go straight, turn right, pass the tree on your right", "turn left", "I can't tell",
+        "<think>hm</think><answer>Walk forward. Turn left, then walk past the tree on your right.</answer>",
+        "go straight, turn right, pass the tree on your right", "turn left", "I can't tell",
     ]  # fmt: skip
     said = ask_canned(monkeypatch, [route_question(truth)] * 4, texts)
     assert [p.correct for p in said] == [True, False, False, False]
-    assert [p.edit_distance for p in said] == [0.0, 1.0, 2.0, None] and said[3].parsed is None and said[2].parsed == "turn left"
+    assert (
+        [p.edit_distance for p in said] == [0.0, 1.0, 2.0, None]
+        and said[3].parsed is None
+        and said[2].parsed == "turn left"
+    )
 
 
 def test_a_released_route_in_free_words_is_compared_as_words(monkeypatch):
@@ -225,13 +272,17 @@ def test_reversed_frames_are_scored_on_turn_order(monkeypatch):
     truth = "go straight, turn left, go straight, turn left, go straight, turn right, go straight"
     texts = ["turn left, turn right, turn right", truth, "I can't tell"]
     said = ask_canned(monkeypatch, [route_question(truth)] * 3, texts, control="reversed")
-    assert [p.extra["turn_order_match"] for p in said] == [True, False, False] and [p.correct for p in said] == [False, True, False]
+    assert [p.extra["turn_order_match"] for p in said] == [True, False, False] and [p.correct for p in said] == [
+        False,
+        True,
+        False,
+    ]
     assert "turn_order_match" not in ask_canned(monkeypatch, [route_question(truth)], texts[:1])[0].extra
 
 
 @pytest.mark.parametrize("prefers, right", [("letter", False), ("text", True)])
 def test_circular_is_right_only_under_every_rotation(monkeypatch, prefers, right):
-    """A model that likes the letter A is right once in four by luck; one that likes the right text is right each time."""
+    """A model that likes the letter A is right by luck; one that likes the right text is right each time."""
     shown = []
 
     def log_probs(loaded, prompts, *_):
@@ -239,7 +290,14 @@ def test_circular_is_right_only_under_every_rotation(monkeypatch, prefers, right
         for prompt in prompts:
             options = [line[3:] for line in prompt.text.splitlines() if line[1:3] == ". "]
             shown.append(options)
-            found.append(np.array([-1.0 if (k == 0 if prefers == "letter" else o == QUESTION.options[0]) else -2.0 for k, o in enumerate(options)]))
+            found.append(
+                np.array(
+                    [
+                        -1.0 if (k == 0 if prefers == "letter" else o == QUESTION.options[0]) else -2.0
+                        for k, o in enumerate(options)
+                    ]
+                )
+            )
         return found
 
     monkeypatch.setattr(module, "letter_log_probs", log_probs)

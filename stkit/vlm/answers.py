@@ -204,10 +204,11 @@ def _decide(text: str, claims: list[_Claim], count: int) -> int | None:
 def _claims(text: str, options: list[str]) -> list[_Claim]:
     """Every letter and every mention in a text, with how strongly it is claimed."""
     claims, said = [], [m.start() for m in re.finditer(rf"[\w{MENTION}]", text)]
+    lists = len(ph.LIST_LABEL.findall(text)) > 1  # "A: no. B: yes." goes through the options, and does not begin with A
     for token in ph.TOKEN.finditer(text):
         before, after = text[max(0, token.start() - 90) : token.start()], text[token.end() : token.end() + 90]
         before, after = before.rsplit("\n", 1)[-1], after.split("\n", 1)[0]
-        where = _where(token, before, after, token.start() == said[0], token.start() == said[-1])
+        where = _where(token, before, after, token.start() == said[0] and not lists, token.start() == said[-1])
         if token["mention"]:
             index = ord(token["mention"]) - 0xE000
             level = _mention_level(text, index, where, after, options)

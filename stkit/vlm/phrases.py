@@ -48,18 +48,19 @@ CHOICE_BEFORE = _pattern(
     r"选项?|选择)",
     _GAP,
 )
+LIST_LABEL = _pattern(rf"(?:^|[.;,\n])\s*\(?{LETTER}\)?\s*[.):]")
 LABEL_BEFORE = _pattern(r"\b(?:option|choice|letter)\s*[:(]?\s*$")
 PASSING_BEFORE = _pattern(r"\b(?:in|of|than|like|as|from)\s+(?:option|choice|letter)?\s*\(?$")
 # Stands where an answer stands: "I would say D" ends with one, "the room D" doesn't.
 SAYING_BEFORE = _pattern(
     r"(?:^|[^\w\s]|[^\x00-\x7f]|\b(?:is|be|it's|say|with|to|was|think|believe|so|then|thus|es|ist|est|definitely|clearly|probably|",
-    r"likely|perhaps|maybe|only))\s*\(?$",
+    r"likely|perhaps|maybe|only|leaves))\s*\(?$",
 )
 VERB_AFTER = _pattern(r"\)?\s+(?:is|was|seems|looks|appears|matches|fits|does|because)\b")
 # What may follow the letter A; before any other word it is an article.
 NO_ARTICLE_AFTER = _pattern(
     r"\)?(?:\s+(?:is|was|are|seems?|looks?|appears?|match(?:es)?|fits?|shows?|describes?|because|since|as|for|due|given|based|would|",
-    r"must|should|has|says|states|and|or|but|not|rather|over|than|instead|which|can|could|may|might|does|only|here|correctly|best)\b",
+    r"must|should|has|says|states|and|or|but|not|rather|over|than|instead|which|can|could|may|might|does|only|here|correctly|best|to|then)\b",
     rf"|\s*[^\w\s]|\s*$|\s*\n|\s*[{CJK}])",
 )
 # Denied, supposed or asked: struck out before anything is read.

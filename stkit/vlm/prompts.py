@@ -35,9 +35,9 @@ USER_TEXT = "stkit-user-text"  # stands for the question while the template is r
 class Prompt:
     """A prompt as the model reads it.
 
-    ids: token ids, ``(S,)``. mm_token_type_ids: ``(S,)``, 2 where a video token stands, else 0 (for M-RoPE). letter_ids:
-    the token of each option's letter, ``(n,)``, empty for an open-ended question. text: the prompt to show, with one
-    video token for all of them. sha256: over the ids and the video's grid, timestamps and seconds a temporal patch.
+    ids: token ids, ``(S,)``. mm_token_type_ids: ``(S,)``, 2 where a video token stands, else 0 (for M-RoPE).
+    letter_ids: the token of each option's letter, ``(n,)``, empty for an open-ended question. text: the prompt to show,
+    with one video token for all of them. sha256: over the ids and the video's grid, timestamps and seconds a temporal patch.
     """
 
     ids: tuple[int, ...]

@@ -83,7 +83,7 @@ UNSAID = [
     "Not C", "not B", "It is not C", "The answer is not A", "It isn't A", "Neither A nor B", "Anything but C",
     "C is wrong", "C is not correct", "A and B can be ruled out", "I don't think it is D", "不是C",
     "A: no. B: no. C: yes. D: no.", "A. It goes left. B. It goes right.", "A then C", "from A to C",
-    "in option A the walker turns", "A ->", "C > D", "Answer: A or", "A或者B",
+    "in option A the walker turns", "C > D", "Answer: A or", "A或者B",
     "E", "Z", "Answer: E", "(E)", "5", "3", "Option 3", "third", "The answer is E.", "Answer: C or E",
     "<think>C</think>", "<think>The answer is C", "<think><answer>C</answer></think>", "<answer></answer>",
     "<answer> </answer> C", "<answer>A or B</answer>", "<answer>A</answer><answer>C</answer>",

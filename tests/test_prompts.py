@@ -21,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 
 from stkit.bench.schema import Question
 from stkit.runtime import BadUse, StkitError
-from stkit.vlm import tiny
+from stkit.vlm import prompts, tiny
 from stkit.vlm.prompts import PUBLISHED, THINK, build_prompt, plain_tokenizer, user_text
 from stkit.vlm.video import Frames, prepare, video_spec
 
@@ -137,7 +137,9 @@ def test_the_templates_say_what_is_asked():
         QUESTION, question="Please take a egocentric view to understand the following questions. Which way?"
     )
     assert user_text(opened, "published")[0].count("egocentric") == 1
-    assert "".join(user_text(ROUTE)) == ROUTE.question and user_text(ROUTE, think=True)[1] == THINK
+    assert user_text(ROUTE) == (ROUTE.question + "\n", prompts.ROUTE)
+    assert user_text(ROUTE, think=True)[1] == f"{prompts.ROUTE} {THINK}" and user_text(QUESTION, think=True)[1] == THINK
+    assert user_text(ROUTE, "published")[1] == ""
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

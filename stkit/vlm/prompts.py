@@ -22,7 +22,8 @@ from .video import VideoInputs
 STYLES = ("stkit", "published")
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 THINK = "Output the thinking process in <think> </think> and the final answer in <answer> </answer> tags."
-OURS = "Answer with the letter of the right option only."
+LETTER = "Answer with the letter of the right option only."
+ROUTE = "Answer with the steps in order, such as: go straight, turn left, pass the tree on your right, look up."
 PUBLISHED_OPENING = "Please take a egocentric view to understand the following questions. "
 PUBLISHED = (
     "Instructions: Please select the most appropriate answer from the options above and return only the option number "
@@ -37,7 +38,7 @@ class Prompt:
 
     ids: token ids, ``(S,)``. mm_token_type_ids: ``(S,)``, 2 where a video token stands, else 0 (for M-RoPE).
     letter_ids: the token of each option's letter, ``(n,)``, empty for an open-ended question. text: the prompt to show,
-    with one video token for all of them. sha256: over the ids and the video's grid, timestamps and seconds a temporal patch.
+    one video token for all of them. sha256: over the ids and the video's grid, timestamps and seconds a temporal patch.
     """
 
     ids: tuple[int, ...]
@@ -107,7 +108,8 @@ def user_text(question: Question, style: str = "stkit", think: bool = False) -> 
         instruction = " ".join([PUBLISHED] * bool(lettered) + [THINK] * think)
         return asked + "\n\n" * bool(instruction), instruction
     asked += "\nOptions:\n" * bool(lettered) + "\n".join(lettered)
-    instruction = THINK if think else OURS * bool(lettered)
+    wanted = [ROUTE] if question.is_open else [LETTER] if not think else []
+    instruction = " ".join(wanted + [THINK] * think)
     return asked + "\n" * bool(instruction), instruction
 
 

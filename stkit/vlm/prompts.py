@@ -22,8 +22,8 @@ from .video import VideoInputs
 STYLES = ("stkit", "published")
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 THINK = "Output the thinking process in <think> </think> and the final answer in <answer> </answer> tags."
-LETTER = "Answer with the letter of the right option only."
-ROUTE = "Answer with the steps in order, such as: go straight, turn left, pass the tree on your right, look up."
+OURS = "Answer with the letter of the right option only."
+ROUTE = "Answer with the steps in order, as in: go straight, turn left, pass the tree on your right, look up."
 PUBLISHED_OPENING = "Please take a egocentric view to understand the following questions. "
 PUBLISHED = (
     "Instructions: Please select the most appropriate answer from the options above and return only the option number "
@@ -108,7 +108,7 @@ def user_text(question: Question, style: str = "stkit", think: bool = False) -> 
         instruction = " ".join([PUBLISHED] * bool(lettered) + [THINK] * think)
         return asked + "\n\n" * bool(instruction), instruction
     asked += "\nOptions:\n" * bool(lettered) + "\n".join(lettered)
-    wanted = [ROUTE] if question.is_open else [LETTER] if not think else []
+    wanted = [ROUTE] if question.is_open else [OURS] if not think else []
     instruction = " ".join(wanted + [THINK] * think)
     return asked + "\n" * bool(instruction), instruction
 

@@ -143,28 +143,30 @@ def clustered_interval(correct: Sequence[float], groups: Sequence[Hashable], lev
     return Interval(float(correct.mean()), float(low), float(high), n, len(size), method)
 
 
-def _difference(mean: float, share: np.ndarray, weight: np.ndarray, n: int, level: float) -> Interval:
-    """Interval of a difference in [-1, 1].
+def _difference(first: np.ndarray, second: np.ndarray, sizes: Sequence[np.ndarray], n: int, level: float) -> Interval:
+    """Mean of the first part minus mean of the second, from the two parts' own intervals and their correlation.
 
     Args:
-        mean: the difference.
-        share: (G,) each cluster's part of (estimate - mean); sums to 0.
-        weight: (G,) each cluster's part of the questions; sums to 1.
+        first: (G,) sum over each cluster's questions of the first part, each in [0, 1].
+        second: (G,) of the second part.
+        sizes: the two parts' questions by cluster, (G,) each; a cluster may be absent (0) from one part.
+
+    Source: Zou and Donner 2008 (MOVER), Newcombe 1998 (the same for paired proportions).
     """
-    tail, clusters = _level(level), len(share)
-    effective = 1 / (weight**2).sum()
-    # With no variance (or one cluster) all that is known: few clusters can be of another kind, 0 of G having been seen.
-    unseen = 1 - (1 - tail) ** (1 / effective)
-    widest = (mean - unseen * (1 + mean), mean + unseen * (1 - mean))
-    method = "bound on unseen clusters (no variance between them)"
-    if clusters > 1:
-        residual = share / (1 - weight)
-        error = math.sqrt((clusters - 1) / clusters * (residual**2).sum())
-        if error > 1e-12:
-            told = (weight + np.abs(share)).sum() ** 2 / ((weight + np.abs(share)) ** 2).sum()
-            half = stats.t.ppf(tail, max(min(effective, told) - 1, 0.5)) * error
-            widest, method = (mean - half, mean + half), "cluster-robust t"
-    return Interval(mean, float(max(widest[0], -1.0)), float(min(widest[1], 1.0)), n, clusters, method)
+    means, lows, highs, shares = [], [], [], []
+    for right, size in zip((first, second), sizes):
+        there = size > 0
+        low, high = interval_of_counts(right[there], size[there], level)
+        means.append(right.sum() / size.sum())
+        lows.append(means[-1] - float(low))
+        highs.append(float(high) - means[-1])
+        shares.append((right - size * means[-1]) / size.sum())
+    product = np.linalg.norm(shares[0]) * np.linalg.norm(shares[1])
+    r = float(shares[0] @ shares[1] / product) if product > 1e-15 else 0.0
+    below = math.sqrt(max(lows[0] ** 2 + highs[1] ** 2 - 2 * r * lows[0] * highs[1], 0.0))
+    above = math.sqrt(max(highs[0] ** 2 + lows[1] ** 2 - 2 * r * highs[0] * lows[1], 0.0))
+    mean = float(means[0] - means[1])
+    return Interval(mean, max(mean - below, -1.0), min(mean + above, 1.0), n, len(first), "MOVER of cluster-robust Wilson with t")
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable], level: float = 0.95) -> Interval:
@@ -185,9 +187,9 @@ def paired_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[H
     codes = _codes(groups, len(a))
     if not len(a):
         return Interval(math.nan, math.nan, math.nan, 0, 0, "undefined: no questions")
-    size, mean = np.bincount(codes), float((a - b).mean())
-    share = np.bincount(codes, a - b - mean) / len(a)
-    return _difference(mean, share, size / len(a), len(a), level)
+    gains, losses = np.bincount(codes, np.maximum(a - b, 0)), np.bincount(codes, np.maximum(b - a, 0))
+    size = np.bincount(codes)
+    return _difference(gains, losses, (size, size), len(a), level)
 
 
 def difference_of_parts(
@@ -211,13 +213,8 @@ def difference_of_parts(
     if not first.any() or first.all():
         clusters = len(set(codes.tolist()))
         return Interval(math.nan, math.nan, math.nan, len(correct), clusters, "undefined: a part holds no questions")
-    share, weight, means = 0.0, 0.0, []
-    for part, sign in ((first, 1.0), (~first, -1.0)):
-        means.append(float(correct[part].mean()))
-        within = np.where(part, correct - means[-1], 0.0)
-        share = share + sign * np.bincount(codes, within) / part.sum()
-        weight = weight + np.bincount(codes, part) / part.sum() / 2
-    return _difference(means[0] - means[1], share, weight, len(correct), level)
+    rights, sizes = zip(*[(np.bincount(codes, correct * part), np.bincount(codes, part)) for part in (first, ~first)])
+    return _difference(rights[0], rights[1], sizes, len(correct), level)
 
 
 def permutation_p(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> float:

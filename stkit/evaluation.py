@@ -23,8 +23,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .bench.schema import SPLITS, Benchmark, Prediction, Question, load_benchmark, row_of
-from .reporting.judge import CONTROLS as CONTROL_NOTICES
-from .reporting.judge import score
+from .reporting.scores import CONTROLS as CONTROL_NOTICES
+from .reporting.scores import score
 from .reporting.tables import text_table
 from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, to_json, write_json
 from .runtime import BadUse, StkitError, versions
@@ -319,8 +319,6 @@ def _scores(run: _Run, questions: Sequence[Question], record: dict, control: str
     notices += [text for name, text in CONTROL_NOTICES.items() if name == control] + scores["notices"]
     if benchmark.skipped:
         notices.append(f"{len(benchmark.skipped)} malformed rows were left out")
-    if matches := [p.extra["turn_order_match"] for p in run.said.values() if "turn_order_match" in p.extra]:
-        scores["turn_order"] = {"accuracy": sum(matches) / len(matches), "n": len(matches)}
     return scores | {"skipped": len(benchmark.skipped), "notices": notices}
 
 

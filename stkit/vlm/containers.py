@@ -42,7 +42,7 @@ def container_of(path: str | Path) -> str:
             if cut and (where := cut(file, head, size)):
                 raise StkitError(f"{path}: truncated: the file ends inside {where}: copy or download it again")
     except OSError as error:
-        raise StkitError(explain(error)) from error
+        raise StkitError(explain(error) if error.filename else f"{path}: {explain(error)}") from error
     except ValueError as error:
         raise error if isinstance(error, StkitError) else StkitError(f"{path!r}: not a file name ({error})") from error
     return demuxer
@@ -83,10 +83,12 @@ def _cut_matroska(file: BinaryIO, head: bytes, size: int) -> str:
     """Compare the Segment's length with the file's; RFC 8794. A live recording has no length, and nothing to compare."""
     length, start = _vint(head, 4)
     offset = start + length
+    if offset >= size:
+        return "its header"
     file.seek(offset)
     segment = file.read(12)
     if segment[:4] != SEGMENT:
-        return "" if offset < size else "its header"
+        return ""
     length, used = _vint(segment, 4)
     unknown = length == (1 << 7 * (used - 4)) - 1
     return "" if unknown or offset + used + length <= size else "its Segment"

@@ -205,10 +205,11 @@ def test_the_letter_decides_whatever_the_options_order(order, form):
         "A, B, ",
     ],
 )
-def test_long_degenerate_text_is_read_in_no_time(piece):
-    start = time.perf_counter()
+def test_long_degenerate_text_is_read_in_time_that_grows_with_its_length(piece):
+    """Backtracking would take hours here; seconds on a busy machine are not what is tested."""
+    start = time.process_time()
     parse(piece * (40_000 // len(piece)), ROUTES)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 60
 
 
 def test_text_inside_think_never_counts_as_an_answer():

@@ -16,7 +16,6 @@ from clipmaker import (
     number_of,
     of_two_sizes,
     overwritten,
-    referring,
     sound_only,
     trimmed,
     turned,
@@ -116,16 +115,6 @@ def test_a_playlist_named_mp4_opens_nothing_that_it_names(tmp_path, folder, text
     (tmp_path / "list.mp4").write_text(text.format(folder / "good.mp4"))
     with pytest.raises(StkitError, match="not a video"):
         read_video(tmp_path / "list.mp4", reader=reader)
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_movie_that_keeps_its_frames_in_another_file_is_not_followed_there(tmp_path, folder, reader):
-    """A QuickTime data reference ('alis') may name any file; FFmpeg reads it when told to."""
-    movie = referring(folder / "good.mp4", tmp_path / "movie.mp4", folder / "good.mp4")
-    with av.open(str(movie), options={"enable_drefs": "1"}) as told_to:
-        assert sum(1 for _ in told_to.decode(video=0)) == 30
-    with pytest.raises(StkitError, match="no frames"):
-        read_video(movie, reader=reader)
 
 
 @pytest.mark.parametrize("reader", READERS)

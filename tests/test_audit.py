@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from stkit.bench.audit import audit, audit_questions
+from stkit.bench.plans import MIRROR, fits
 from stkit.bench.questions import plan_questions
 from stkit.bench.routes import LANDMARKS, parse, render, reverse
-from stkit.bench.schema import Question, Route, row_of
+from stkit.bench.schema import Question, Route, Step, row_of
 from stkit.runtime import StkitError
 
 SEEDS = (0, 1, 2, 3, 4)
 WORDS = "amber basin cedar delta ember fjord grove haven inlet jetty knoll ledge mesa notch oasis plaza quarry ridge".split()
 
 
-def question(n: int, options: list[str], answer: int, task="direction", order="forward", group=None) -> Question:
+def question(n: int | str, options: list[str], answer: int, task="direction", order="forward", group=None) -> Question:
     return Question(
         f"q{n}", f"c{n}", f"c{n}.mp4", group or f"g{n}", task, order, "What did you pass?", tuple(options), answer, "test"
     )
@@ -41,7 +42,7 @@ def test_our_own_benchmark_of_400_clips_gives_nothing_away(seed):
     assert result.verdict == "no leak" and not result.leaks
     assert {r["scope"] for r in result.results} == {"all", "direction", "landmark", "action"}
     assert all(r["n"] >= 300 and r["chance"] == 0.25 for r in result.results)
-    assert len(result.results) == 28
+    assert len(result.results) == 32
 
 
 def released() -> Path | None:
@@ -146,10 +147,76 @@ def independent_squares(clips: int) -> list[Question]:
 
 
 def test_a_square_for_each_question_is_found_by_a_walks_other_questions():
-    result = audit_questions(independent_squares(300))
+    result = audit_questions(independent_squares(200))
     assert "other questions on the walk" in found(result, "landmark")
     best = max(r["accuracy"] for r in result.results if r["scope"] == "landmark")
     assert best > 0.5  # without a shared square the truth is what the two questions agree on
+
+
+def ranked(questions: list[Question], order) -> list[Question]:
+    """Our own questions with the truth where it is and the other options in an order that depends on the truth."""
+    made = []
+    for q in questions:
+        if q.options:
+            truth, others = q.options[q.answer], [o for i, o in enumerate(q.options) if i != q.answer]
+            others = order(q, truth, others)
+            others.insert(q.answer, truth)
+            q = replace(q, options=tuple(others))
+        made.append(q)
+    return made
+
+
+def opposite_last(q, truth, others):
+    """Edited once, edited once, edited twice: the order in which a square is made."""
+    steps = parse(truth).steps
+    return sorted(others, key=lambda o: sum(a != b for a, b in zip(parse(o).steps, steps, strict=True)))
+
+
+def as_told_forwards(q, truth, others):
+    back = {o: render(reverse(parse(o))) if q.order == "reverse" else render(parse(o)) for o in others}
+    return sorted(others, key=back.get)
+
+
+@pytest.mark.parametrize("order", [opposite_last, as_told_forwards])
+def test_distractors_in_an_order_of_their_own_are_found_by_the_arrangement(order):
+    result = audit_questions(ranked(plan_questions(100, seed=0)[0], order))
+    assert "arrangement" in found(result) and "words" not in found(result)
+    assert result.best["baseline"] in ("arrangement", "all together") and result.best["accuracy"] > 0.5
+
+
+def test_what_leaks_forwards_and_is_turned_around_in_reverse_is_found():
+    rng, letters, lengths = random.Random(10), [], []
+    for n in range(200):
+        for order, letter in (("forward", 0), ("reverse", 3)):
+            favoured = letter if rng.random() < 0.35 else rng.randrange(4)
+            letters.append(question(f"{n}/{order}", neutral(rng), favoured, order=order, group=f"g{n}"))
+            options, answer = neutral(rng), rng.randrange(4)
+            for k in range(4):
+                longer = (k == answer) == (order == "forward")
+                options[k] += " and more" * (rng.random() < (0.7 if longer else 0.3))
+            lengths.append(question(f"{n}/{order}", options, answer, order=order, group=f"g{n}"))
+    assert "majority letter" in found(audit_questions(letters))
+    assert "option length" in found(audit_questions(lengths))
+
+
+def test_a_turn_that_would_make_the_walk_cross_itself_is_found_in_our_own_wording():
+    rng, made = random.Random(11), []
+    while len(made) < 1000:
+        turns = [rng.choice(("left", "right")) for _ in range(rng.randint(3, 5))]
+        if not fits(tuple(turns), (2,) * (len(turns) + 1)):
+            continue
+        i, j = rng.sample(range(len(turns)), 2)
+        options = []
+        for edits in ((), (i,), (j,), (i, j)):  # a square of which nobody asks whether its walks cross themselves
+            steps = [Step("move", "straight")]
+            for k, turn in enumerate(turns):
+                steps += [Step("move", MIRROR[turn] if k in edits else turn), Step("move", "straight")]
+            options.append(render(Route(tuple(steps))))
+        truth, answer = options[0], rng.randrange(4)
+        others = rng.sample(options[1:], 3)
+        others.insert(answer, truth)
+        made.append(question(len(made), others, answer))
+    assert "words" in found(audit_questions(made), "direction")
 
 
 def test_reading_backwards_is_what_finds_it():

@@ -8,10 +8,12 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .runtime import StkitError
+
+BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8 text
 
 
 def clean(value):
@@ -76,7 +78,7 @@ def read_json(path: str | Path):
     """Read one JSON value; a StkitError names the file and the line where it breaks."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise StkitError(explain(error)) from error
     except UnicodeDecodeError as error:
@@ -85,8 +87,33 @@ def read_json(path: str | Path):
         raise StkitError(f"{path}: the file is empty, JSON was expected")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StkitError(f"{path}: not JSON ({error}): fix the file or write it anew") from error
+
+
+def _not_a_number(text: str):
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, object, str]]:
+    """The lines of a JSON Lines file that aren't blank: (line number, value, problem); the value is None if it has one.
+
+    Raises:
+        StkitError: the file can't be read, or is empty.
+    """
+    try:
+        data = Path(path).read_bytes().removeprefix(BOM)
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    if not data.strip():
+        raise StkitError(f"{path}: the file is empty, one JSON object a line was expected")
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8"), parse_constant=_not_a_number), ""
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"not a whole JSON object ({error}): write the line anew"
 
 
 def read_partial_jsonl(path: str | Path) -> list[dict]:
@@ -104,7 +131,8 @@ def read_partial_jsonl(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise StkitError(f"{path}:{number}: not JSON ({error.msg}): delete that line, its question is asked again") from error
+            why = f"not JSON ({error.msg}): delete that line, its question is asked again"
+            raise StkitError(f"{path}:{number}: {why}") from error
     return rows
 
 
@@ -151,7 +179,8 @@ def claim(
         kept = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
         other = differences(kept, settings)
         if other:
-            raise StkitError(f"{folder} was made with other settings ({'; '.join(other)}): choose another --out or delete it")
+            what = f"{folder} was made with other settings ({'; '.join(other)})"
+            raise StkitError(f"{what}: choose another --out or delete it")
         return True
     if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
         raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")

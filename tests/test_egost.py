@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stkit.bench.egost import detect_form, import_egost, write_predictions
 from stkit.bench.options import Rejected, parse_listed, parse_options, read_answer, split_problem
-from stkit.bench.schema import load_benchmark, load_clips
+from stkit.bench.schema import load_benchmark
 from stkit.runtime import StkitError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -425,7 +425,7 @@ def test_the_folder_is_a_benchmark_with_clips_counts_and_its_hash(tmp_path, recw
     bench = load_benchmark(tmp_path / "out")
     assert not recwarn.list and bench.info["source"]["file"] == "egost_mcq.json"
     assert bench.info["counts"]["questions"] == len(bench.questions) == told["questions"]
-    assert {c.id for c in load_clips(tmp_path / "out" / "clips.jsonl")} == {q.clip_id for q in bench.questions}
+    assert {c.id for c in bench.clips} == {q.clip_id for q in bench.questions}
     assert json.loads((tmp_path / "out" / "import.json").read_text()) == told
     for name in ("rows", "questions", "missing_videos"):
         assert type(told[name]) is int

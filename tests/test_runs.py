@@ -86,7 +86,7 @@ def test_disk_errors_are_one_line_with_a_fix(code, word):
     assert word in text and "/some/where" in text and "\n" not in text
 
 
-@pytest.mark.parametrize("content, word", [("", "empty"), ("{", "not JSON"), ("[" * 100000, "not JSON")])
+@pytest.mark.parametrize("content, word", [("", "empty"), ("{", "not JSON"), ("[" * 100000, "not JSON"), ("9" * 5000, "not JSON")])
 def test_reading_bad_json_names_the_file(tmp_path, content, word):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(StkitError, match=word) as error:

@@ -53,6 +53,12 @@ BAD = {
     "open question without an answer": (ROW | {"task": "route", "options": [], "answer": ""}, "answer=''"),
     "not JSON": ('{"id": "q', "not a whole JSON object"),
     "NaN": ('{"id": NaN}', "not a whole JSON object"),
+    "answer 1.0": (ROW | {"answer": 1.0}, "answer=1.0"),
+    "options equal but for their code points": (ROW | {"options": ["caf\u00e9", "cafe\u0301"]}, "twice"),
+    "half a surrogate pair": (ROW | {"question": "\ud800?"}, "surrogate"),
+    "a name that no file can have": (ROW | {"video": "a" * 300 + ".mp4"}, "255"),
+    "solution as a number": (ROW | {"solution": 5}, "solution=5"),
+    "version true": (ROW | {"format_version": True}, "format_version=True"),
 }
 
 
@@ -66,6 +72,13 @@ def test_a_bad_row_names_file_line_value_and_fix(tmp_path, name):
     assert f"{path}:2: " in str(error.value) and word in str(error.value) and "--skip-bad" in str(error.value)
     questions, skipped = schema.load_questions(path, skip_bad=True)
     assert [q.id for q in questions] == ["good"] and len(skipped) == 1
+
+
+def test_a_byte_order_mark_line_ends_of_windows_and_extra_keys_do_no_harm(tmp_path):
+    text = json.dumps(ROW | {"note": "\u00fc", "\ud800": 1}) + "\r\n" + json.dumps(ROW | {"id": "q2"}) + "\r\n"
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    questions, _ = schema.load_questions(tmp_path / "q.jsonl")
+    assert [q.id for q in questions] == ["q1", "q2"]
 
 
 def test_all_bad_lines_are_listed_at_once_with_truncated_and_duplicate_ones(tmp_path):
@@ -109,6 +122,24 @@ def test_an_edited_benchmark_is_warned_about_and_still_read(tmp_path, recwarn):
         assert schema.load_benchmark(folder).questions[0].answer == 0
 
 
+CLIP = dict(id="c1", video="c1.mp4", group="g1", split="test", frames=9, fps=5.0, width=8, height=8, duration_s=1.8)
+
+
+def test_bad_clips_are_listed_with_the_bad_questions_and_skipped_with_them(tmp_path):
+    folder = benchmark(tmp_path / "b")
+    (folder / "benchmark.json").write_text(json.dumps({"format_version": 1}))
+    write(folder / "questions.jsonl", [ROW, ROW | {"id": "q2", "answer": 5}])
+    bad = [CLIP, CLIP | {"id": "c2", "video": "../x.mp4"}, {"id": "c3"}, CLIP | {"id": "c4", "fps": "5"}, "[1]"]
+    write(folder / "clips.jsonl", bad)
+    with pytest.raises(schema.BadRows) as error:
+        schema.load_benchmark(folder)
+    said = error.value.problems
+    words = ("questions.jsonl:2: answer=5", "clips.jsonl:2: video='../x.mp4'", ":3: video is missing", ":4: fps='5'", ":5: ")
+    assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
+    bench = schema.load_benchmark(folder, skip_bad=True)
+    assert [c.id for c in bench.clips] == ["c1"] and len(bench.questions) == 1 and len(bench.skipped) == 5
+
+
 def test_a_symlink_out_of_videos_is_refused(tmp_path):
     folder = benchmark(tmp_path / "b")
     (tmp_path / "secret.mp4").write_bytes(b"x")
@@ -120,6 +151,8 @@ def test_a_symlink_out_of_videos_is_refused(tmp_path):
     with pytest.raises(StkitError, match="leaves"):
         bench.video_path("../secret.mp4")
     assert bench.video_path("c2.mp4") == folder / "videos" / "c2.mp4"
+    os.symlink("loop.mp4", folder / "videos" / "loop.mp4")
+    assert bench.video_path("loop.mp4").is_symlink()
 
 
 def test_a_folder_that_is_no_benchmark_says_what_is_missing(tmp_path):

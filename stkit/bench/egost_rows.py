@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runs import explain, to_json
+from ..runs import explain
 from ..runtime import StkitError
 from .options import Options, Rejected, parse_listed, parse_options, read_answer, split_problem
 from .schema import Question, row_of, row_problem
@@ -214,11 +214,8 @@ def _item(row: Row, place: str, source: Source, folders: dict) -> Item:
         split="train" if source.form == "r1" else "test",
         solution=row.value["solution"] if source.form == "r1" and isinstance(row.value.get("solution"), str) else "",
     )
-    as_row = row_of(question)
-    if problem := row_problem(as_row):
+    if problem := row_problem(row_of(question)):
         raise Rejected(problem)
-    if any("\ud800" <= c <= "\udfff" for c in to_json(as_row)):
-        raise Rejected("half a surrogate pair stands in its text: UTF-8 can't hold that")
     doubts = (*doubts, *options.doubts, *order_doubts, *task_doubts, *video_doubts)
     return Item(row, place, options.labels, question, doubts)
 

@@ -1,7 +1,7 @@
 """The rows that everything else passes around, and how they lie on disk.
 
-A benchmark is a folder: ``benchmark.json``, ``clips.jsonl``, ``questions.jsonl`` and ``videos/``. Each row is one line of JSON
-with a ``format_version``; a video is named relative to ``videos/`` and may not leave it::
+A benchmark is a folder: ``benchmark.json``, ``clips.jsonl``, ``questions.jsonl`` and ``videos/``. Each row is one line
+of JSON with a ``format_version``; a video is named relative to ``videos/`` and may not leave it::
 
     bench = load_benchmark("runs/walks")
     bench.questions[0].task, bench.questions[0].options
@@ -10,11 +10,14 @@ with a ``format_version``; a video is named relative to ``videos/`` and may not 
 import hashlib
 import json
 import math
+import os
+import unicodedata
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..runs import explain, read_json
+from ..runs import read_json, read_lines
 from ..runtime import StkitError, StkitWarning
 
 FORMAT_VERSION = 1
@@ -26,7 +29,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a route. ``kind`` is "move", "landmark" or "action"; ``side`` is "left" or "right" for a landmark, else ""."""
+    """One step of a route. ``kind`` is "move", "landmark" or "action"; ``side``, of a landmark, "left" or "right"."""
 
     kind: str
     value: str
@@ -65,9 +68,9 @@ class Clip:
 class Question:
     """One question on one clip.
 
-    ``group`` is the cluster of the statistics: all questions on one walk, forward and reverse, share it. ``options`` are texts
-    without letters, empty for an open-ended (route) question; ``answer`` is an index into them, or a text for a route.
-    ``solution`` is a reasoning text to train on, where the source has one.
+    ``group`` is the cluster of the statistics: all questions on one walk, forward and reverse, share it. ``options``
+    are texts without letters, empty for an open-ended (route) question; ``answer`` is an index into them, or a text for
+    a route. ``solution`` is a reasoning text to train on, where the source has one.
     """
 
     id: str
@@ -99,8 +102,8 @@ class Prediction:
     """What a model said to one question: one line of ``predictions.jsonl``.
 
     ``parsed`` is an option's index, a text for an open-ended question, or None when the text could not be resolved.
-    ``log_probs`` holds one natural-log probability an option (letter mode). ``failed`` is the reason why the question could not
-    be asked, "" when it was; such a row is counted, never scored. ``correct`` is None when it was not scored.
+    ``log_probs`` holds one natural-log probability an option (letter mode). ``failed`` is the reason why the question
+    could not be asked, "" when it was; such a row is counted, never scored. ``correct`` is None when it was not scored.
     """
 
     id: str
@@ -121,7 +124,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark in memory. ``info`` is benchmark.json ({} for a bare JSONL file); ``skipped`` are the bad rows left out."""
+    """A benchmark in memory. ``info`` is benchmark.json ({} for a bare JSONL file); ``skipped``: bad rows left out."""
 
     path: Path
     questions: tuple[Question, ...]
@@ -133,7 +136,7 @@ class Benchmark:
         """The file of a video, checked not to leave ``videos/`` (a symlink out of it is refused)."""
         root = (self.path if self.path.is_dir() else self.path.parent) / "videos"
         path = root / video
-        if video_problem(video) or not path.resolve().is_relative_to(root.resolve()):
+        if video_problem(video) or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise StkitError(f"video {video!r} leaves {root}: put the file into that folder and name it relative to it")
         return path
 
@@ -167,6 +170,8 @@ def video_problem(video) -> str:
     outside = PurePosixPath(video).is_absolute() or PureWindowsPath(video).drive or video.startswith(("\\", "~"))
     if outside or ".." in PurePosixPath(video.replace("\\", "/")).parts or "\0" in video or "://" in video:
         return f"video={video!r} leaves videos/: give a file name relative to it"
+    if any(len(part.encode()) > 255 for part in video.split("/")):
+        return f"video={video!r:.40}...: no file's name has more than 255 bytes"
     return ""
 
 
@@ -189,7 +194,7 @@ def _option_problem(row: dict) -> str:
         return f"options hold {bad[0]!r}: give texts that are not empty"
     if not 2 <= len(options) <= len(LETTERS):
         return f"options: {len(options)} given, 2 to {len(LETTERS)} are possible"
-    plain = [" ".join(o.split()).casefold() for o in options]
+    plain = [" ".join(unicodedata.normalize("NFC", o).split()).casefold() for o in options]
     if double := [o for o, p in zip(options, plain) if plain.count(p) > 1]:
         return f"options hold {double[0]!r} twice: no two may be equal"
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
@@ -197,51 +202,82 @@ def _option_problem(row: dict) -> str:
     return ""
 
 
-def row_problem(row) -> str:
-    """Why a question row is malformed, "" when it isn't: the field, its value and the fix."""
+def _form_problem(row, kind: type, texts: tuple[str, ...]) -> str:
+    """What is wrong with the form of a row of either kind, and with the fields that both have."""
     if not isinstance(row, dict):
         return f"{row!r:.60}: a row is a JSON object"
     version = row.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         return f"format_version={version!r}: this stkit reads {FORMAT_VERSION}"
-    required = [f.name for f in fields(Question) if f.name not in ("solution", "format_version")]
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in row]:
         return f"{missing[0]} is missing: every row has {', '.join(required)}"
-    for name in ("id", "clip_id", "group", "question"):
+    if any("\ud800" <= char <= "\udfff" for char in json.dumps(_known(row, kind), ensure_ascii=False)):
+        return "half a surrogate pair (\\ud800 to \\udfff) stands in it: UTF-8 can't hold that, write the text anew"
+    for name in texts:
         if problem := _text_problem(row, name):
             return problem
-    for name, allowed in (("task", TASKS), ("order", ORDERS), ("split", SPLITS)):
+    if row["split"] not in SPLITS:
+        return f"split={row['split']!r}: use {', '.join(SPLITS)}"
+    return video_problem(row["video"])
+
+
+def row_problem(row) -> str:
+    """Why a question row is malformed, "" when it isn't: the field, its value and the fix."""
+    if problem := _form_problem(row, Question, ("id", "clip_id", "group", "question")):
+        return problem
+    for name, allowed in (("task", TASKS), ("order", ORDERS)):
         if row[name] not in allowed:
             return f"{name}={row[name]!r}: use {', '.join(allowed)}"
-    return video_problem(row["video"]) or _option_problem(row)
+    if not isinstance(row.get("solution", ""), str):
+        return f"solution={row['solution']!r:.60}: give a text, or leave it out"
+    return _option_problem(row)
 
 
-def as_question(row: dict) -> Question:
-    """A Question from a checked row; unknown keys are left out."""
-    known = {f.name for f in fields(Question)}
-    kept = {k: v for k, v in row.items() if k in known}
-    return Question(**kept | {"options": tuple(row["options"])})
+def clip_problem(row) -> str:
+    """Why a clip's row is malformed, "" when it isn't."""
+    if problem := _form_problem(row, Clip, ("id", "group")):
+        return problem
+    for name in ("frames", "fps", "width", "height", "duration_s"):
+        value = row[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            return f"{name}={value!r:.60}: give a number, 0 where it isn't known"
+    return ""
 
 
-def _not_a_number(text: str):
-    raise ValueError(f"{text} is not JSON")
+def _known(row: dict, kind: type) -> dict:
+    """The fields of a row; unknown keys are left out."""
+    return {f.name: row[f.name] for f in fields(kind) if f.name in row}
 
 
-def _read_lines(path: Path):
-    """Yield (line number, row or None, problem) for each line of a JSONL file that isn't blank."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StkitError(explain(error)) from error
-    if not data.strip():
-        raise StkitError(f"{path}: the file is empty, one JSON object a line was expected")
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
+def _checked(path: Path, problem_of: Callable[[object], str], make: Callable[[dict], object]) -> tuple[list, list[str]]:
+    """The good rows of a file, made into what they are, and a line for each bad one."""
+    rows, problems, seen = [], [], {}
+    for number, row, problem in read_lines(path):
+        problem = problem or problem_of(row)
+        if not problem and row["id"] in seen:
+            problem = f"id={row['id']!r} stands in line {seen[row['id']]} too: give each row an id of its own"
+        if problem:
+            problems.append(f"{path}:{number}: {problem}")
             continue
-        try:
-            yield number, json.loads(line.decode("utf-8"), parse_constant=_not_a_number), ""
-        except (ValueError, RecursionError) as error:
-            yield number, None, f"not a whole JSON object ({error}): write the line anew"
+        seen[row["id"]] = number
+        rows.append(make(row))
+    return rows, problems
+
+
+def _questions(path: Path) -> tuple[list[Question], list[str]]:
+    def made(row: dict) -> Question:
+        return Question(**_known(row, Question) | {"options": tuple(row["options"])})
+
+    return _checked(path, row_problem, made)
+
+
+def _usable(path: Path, questions: list[Question], problems: list[str], skip_bad: bool) -> None:
+    """Stop at bad rows, unless they are to be left out and something is left."""
+    if problems and not skip_bad:
+        raise BadRows(problems)
+    if not questions:
+        raise StkitError(f"{path}: not one good row in it ({problems[0] if problems else 'it is empty'})")
 
 
 def load_questions(path: str | Path, skip_bad: bool = False) -> tuple[list[Question], list[str]]:
@@ -259,20 +295,8 @@ def load_questions(path: str | Path, skip_bad: bool = False) -> tuple[list[Quest
         StkitError: no such file, an empty one, or not one good row in it.
     """
     path = Path(path)
-    questions, problems, seen = [], [], {}
-    for number, row, problem in _read_lines(path):
-        problem = problem or row_problem(row)
-        if not problem and row["id"] in seen:
-            problem = f"id={row['id']!r} stands in line {seen[row['id']]} too: give each row an id of its own"
-        if problem:
-            problems.append(f"{path}:{number}: {problem}")
-            continue
-        seen[row["id"]] = number
-        questions.append(as_question(row))
-    if problems and not skip_bad:
-        raise BadRows(problems)
-    if not questions:
-        raise StkitError(f"{path}: not one good row in it ({problems[0] if problems else 'it is empty'})")
+    questions, problems = _questions(path)
+    _usable(path, questions, problems, skip_bad)
     return questions, problems
 
 
@@ -285,19 +309,6 @@ def benchmark_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_clips(path: Path) -> list[Clip]:
-    """Read clips.jsonl."""
-    known, clips, problems = {f.name for f in fields(Clip)}, [], []
-    for number, row, problem in _read_lines(path):
-        try:
-            clips.append(Clip(**{k: v for k, v in row.items() if k in known}))
-        except (TypeError, AttributeError) as error:
-            problems.append(f"{path}:{number}: {problem or error}")
-    if problems:
-        raise BadRows(problems)
-    return clips
-
-
 def load_benchmark(path: str | Path, skip_bad: bool = False) -> Benchmark:
     """Load a benchmark folder, or a bare question file (its videos are in ``videos/`` beside it).
 
@@ -305,7 +316,7 @@ def load_benchmark(path: str | Path, skip_bad: bool = False) -> Benchmark:
     """
     path = Path(path)
     if not path.exists():
-        raise StkitError(f"{path}: no such file or folder: build one with 'stkit build --out {path} --clips 40 --seed 0'")
+        raise StkitError(f"{path}: no such file or folder: build one with 'stkit build --out {path}'")
     if not path.is_dir():
         questions, skipped = load_questions(path, skip_bad)
         return Benchmark(path, tuple(questions), skipped=tuple(skipped))
@@ -314,9 +325,12 @@ def load_benchmark(path: str | Path, skip_bad: bool = False) -> Benchmark:
             raise StkitError(f"{path}: no {name} in it: a benchmark folder comes from 'stkit build' or 'stkit import'")
     info = read_json(path / "benchmark.json")
     if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
-        raise StkitError(f"{path}/benchmark.json: format_version is not {FORMAT_VERSION}: build it anew with this stkit")
-    questions, skipped = load_questions(path / "questions.jsonl", skip_bad)
-    clips = load_clips(path / "clips.jsonl") if (path / "clips.jsonl").exists() else []
+        raise StkitError(f"{path}/benchmark.json: format_version is not {FORMAT_VERSION}: build it with this stkit")
+    (questions, skipped), clips = _questions(path / "questions.jsonl"), []
+    if (path / "clips.jsonl").exists():
+        clips, bad = _checked(path / "clips.jsonl", clip_problem, lambda row: Clip(**_known(row, Clip)))
+        skipped += bad
+    _usable(path / "questions.jsonl", questions, skipped, skip_bad)
     if info.get("hash") and info["hash"] != benchmark_hash(path):
         message = f"{path}: questions or clips differ from the hash in benchmark.json: they were edited since"
         warnings.warn(message, StkitWarning, stacklevel=2)

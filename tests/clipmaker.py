@@ -44,7 +44,9 @@ def make_clip(path: Path, count=20, height=96, width=128, rate=10, codec="libx26
         out.start_encoding()
         for i in range(count):
             frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24")
-            frame.pts, frame.time_base = (i, Fraction(1, rate)) if times_ms is None else (times_ms[i], Fraction(1, 1000))
+            frame.pts, frame.time_base = i, Fraction(1, rate)
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[i], Fraction(1, 1000)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return path
@@ -97,7 +99,7 @@ def cut(source: Path, path: Path, part: float) -> Path:
 def referring(source: Path, path: Path, target: Path) -> Path:
     """A copy of an mp4 whose data reference says that the frames lie in another file (QuickTime's 'alis' record)."""
     data, name = source.read_bytes(), str(target).encode()
-    alias = bytes(10) + b"\1v" + bytes(38) + b"\1o" + bytes(78) + struct.pack(">hh", 1, 1) + bytes(16)
+    alias = bytes(10) + b"\1v" + bytes(38) + b"\1o" + bytes(78) + struct.pack(">hh", -1, -1) + bytes(16)
     alias += struct.pack(">hh", 2, len(name)) + name + bytes(len(name) % 2) + struct.pack(">hh", -1, 0) + bytes(20)
     entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
     at = data.find(b"url \0\0\0\1") - 4
@@ -117,7 +119,8 @@ def of_two_sizes(path: Path) -> Path:
         for i in range(20):
             width, height = (128, 96) if i < 10 else (160, 120)
             encoder = av.CodecContext.create("mjpeg", "w")
-            encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuvj420p", Fraction(1, 10)
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+            encoder.time_base = Fraction(1, 10)
             frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24").reformat(format="yuvj420p")
             frame.pts, frame.time_base = i, Fraction(1, 10)
             for packet in encoder.encode(frame) + encoder.encode():

@@ -21,7 +21,8 @@ def test_patches_equal_those_of_transformers(processor, count):
     factor = theirs.patch_size * theirs.merge_size
     frames = noise(count, 3 * factor, 5 * factor)
     out = theirs([frames.permute(0, 3, 1, 2)], do_resize=False, do_sample_frames=False, return_tensors="pt")
-    ours = patchify(frames, theirs.patch_size, theirs.merge_size, theirs.temporal_patch_size, theirs.image_mean, theirs.image_std)
+    sizes = theirs.patch_size, theirs.merge_size, theirs.temporal_patch_size
+    ours = patchify(frames, *sizes, theirs.image_mean, theirs.image_std)
     assert ours.dtype == torch.float32 and ours.is_contiguous()
     assert ours.shape == out["pixel_values_videos"].shape
     assert torch.allclose(ours, out["pixel_values_videos"], atol=1e-6)

@@ -1,7 +1,11 @@
 """Good videos of every kind: the frames asked for, upright, at their true times, whoever reads them."""
 
 import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +95,9 @@ def test_rotated_videos_come_out_upright(tmp_path, clip, reader, matrix, shape, 
     assert frames.pixels.shape[1:3] == shape and corners(frames.pixels[0]) == seen
 
 
-@pytest.mark.parametrize(("matrix", "seen"), [((-1, 0, 0, 1), ["g", "r", "-", "b"]), ((1, 0, 0, -1), ["b", "-", "r", "g"])])
+@pytest.mark.parametrize(
+    ("matrix", "seen"), [((-1, 0, 0, 1), ["g", "r", "-", "b"]), ((1, 0, 0, -1), ["b", "-", "r", "g"])]
+)
 def test_mirrored_videos_are_left_to_pyav(tmp_path, clip, matrix, seen):
     frames = read_video(turned(clip, tmp_path / "mirrored.mp4", *matrix), n=2)
     assert frames.reader == "pyav" and "mirrored" in frames.note and corners(frames.pixels[0]) == seen
@@ -159,6 +165,47 @@ def test_threads_that_read_at_once_each_get_their_own_video(clip):
     for thread in threads:
         thread.join()
     assert found == {"plain": [20] * 3, "bikes": [250] * 3}
+
+
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)"])
+def test_the_child_ends_with_its_parent_however_that_ends(clip, end):
+    script = f"""import os
+from stkit.vlm.reader import shared_reader
+from stkit.vlm.video import read_video
+read_video({str(clip)!r}, n=2)
+print(shared_reader(os.getpid()).process.pid, flush=True)
+{end}"""
+    child = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
+    until = time.monotonic() + 10
+    while alive(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # an ended child that nobody has waited for yet is not alive
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_a_forked_process_has_a_reader_of_its_own(clip):
+    read_video(clip, n=2)
+    ours, (end, other_end) = shared_reader(os.getpid()).process.pid, os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        frames = read_video(clip, n=2)
+        reader = shared_reader(os.getpid())
+        os.write(other_end, f"{reader.process.pid} {frames.total_frames}".encode())
+        reader.stop()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    theirs, total = map(int, os.read(end, 100).split())
+    assert theirs != ours and total == 20
+    assert read_video(clip, n=2).total_frames == 20 and shared_reader(os.getpid()).process.pid == ours
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Frames to the rows that a Qwen-VL's vision tower takes, in plain torch.
 
-A row is one patch of ``temporal_patch`` frames. Rows are ordered by time, then by video token (merge x merge patches), then
-inside the token, so that the tower merges neighbours by reshaping::
+A row is one patch of ``temporal_patch`` frames. Rows are ordered by time, then by video token (merge x merge patches),
+then inside the token, so that the tower merges neighbours by reshaping::
 
     patchify(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), 14, 2, 2, (0.5,) * 3, (0.5,) * 3).shape    # (4, 1176)
 """
@@ -17,8 +17,8 @@ def patchify(
     """Normalise and cut frames.
 
     Args:
-        frames: uint8 ``(T, H, W, C)``; H and W multiples of ``patch * merge``. T that is no multiple of ``temporal_patch`` is
-            filled up with the last frame.
+        frames: uint8 ``(T, H, W, C)``; H and W multiples of ``patch * merge``. T that is no multiple of
+            ``temporal_patch`` is filled up with the last frame.
         patch: pixels of a patch's side.
         merge: patches of a video token's side.
         temporal_patch: frames of a patch.

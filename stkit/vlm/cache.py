@@ -1,7 +1,7 @@
 """Decoded and resized frames on disk, so that a video asked about again is not decoded again.
 
-An entry is named by the video's content and by every setting that could change a pixel, so it never goes stale; the folder
-has a size, and what was not used for the longest time leaves first::
+An entry is named by the video's content and by every setting that could change a pixel, so it never goes stale; the
+folder has a size, and what was not used for the longest time leaves first::
 
     cache = FrameCache()                                  # $STKIT_CACHE, or ~/.cache/stkit/frames
     frames = load_frames("walk.mp4", factor=28, cache=cache, sampling="uniform", n=8)
@@ -140,7 +140,7 @@ def load_frames(
         cache: None for no cache.
 
     Returns:
-        Frames equal to ``resize(read_video(path, **reading), factor, ...)``. Where the entry was damaged the note says so.
+        Frames equal to ``resize(read_video(path, **reading), factor, ...)``; the note says where an entry was damaged.
     """
     size = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
     if cache is None or not os.path.isfile(path):

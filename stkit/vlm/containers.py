@@ -1,8 +1,8 @@
 """Which files FFmpeg may open at all: told by their first bytes, never by their name.
 
 FFmpeg opens what a file *says*: a text file called ``walk.mp4`` can be a playlist that names other files or addresses.
-So a video must look like one of the containers below, and that demuxer alone is used on it. Files that end before their own
-headers say (a download cut off) are found here too, since decoders return the rest as if it were all::
+So a video must look like one of the containers below, and that demuxer alone is used on it. Files that end before their
+own headers say (a download cut off) are found here too, since decoders return the rest as if it were all::
 
     container_of("walk.mp4")        # "mov"
 """
@@ -80,7 +80,7 @@ def _cut_mov(file: BinaryIO, head: bytes, size: int) -> str:
 
 
 def _cut_matroska(file: BinaryIO, head: bytes, size: int) -> str:
-    """Compare the Segment's length with the file's; RFC 8794. A live recording has no length, and nothing to compare."""
+    """Compare the Segment's length with the file's; RFC 8794. A live recording has none, and nothing to compare."""
     length, start = _vint(head, 4)
     offset = start + length
     if offset >= size:

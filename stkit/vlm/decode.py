@@ -1,9 +1,9 @@
 """The child process that opens videos: what FFmpeg or decord does to a damaged file happens here, not in the notebook.
 
-decord 0.6 can spin for ever holding the GIL, and a decoder can die on a bad file; only a process can be stopped from outside.
-:mod:`stkit.vlm.video` starts this one without fork, sends a request as one line of JSON, and takes back one line of JSON and the
-frames as plain bytes (nothing is pickled). PyAV goes through the packets first, so that the number of frames is known before
-anybody is asked for the last one::
+decord 0.6 can spin for ever holding the GIL, and a decoder can die on a bad file; only a process can be stopped from
+outside. :mod:`stkit.vlm.reader` starts this one without fork, sends a request as one line of JSON, and takes back one
+line of JSON and the frames as plain bytes (nothing is pickled). PyAV goes through the packets first, so that the number
+of frames is known before anybody is asked for the last one::
 
     clip = index_video("walk.mp4", max_frame_pixels=2**25, max_duration_s=3600)
     clip.total, clip.fps
@@ -32,7 +32,7 @@ NO_TIMES = "no usable time stamps: frames taken as evenly spaced"
 
 
 class Clip(NamedTuple):
-    """What going through a video once has told. ``times_s``: (total,) from the first frame; ``turn``: see :func:`upright`."""
+    """What going through a video once told. ``times_s``: (total,) from the first frame; ``turn``: :func:`turn_of`."""
 
     demuxer: str
     codec: str
@@ -92,12 +92,13 @@ def index_video(path: str, max_frame_pixels: int, max_duration_s: float) -> Clip
     if claimed > len(pts):
         notes = (f"the container claims {claimed} frames, {len(pts)} are shown", *notes)
     if times[-1] > max_duration_s:
-        raise StkitError(f"{path}: lasts {times[-1]:.0f} s, over the bound of {max_duration_s:g} s: cut it or raise max_duration_s")
+        over = f"lasts {times[-1]:.0f} s, over the bound of {max_duration_s:g} s"
+        raise StkitError(f"{path}: {over}: cut it or raise max_duration_s")
     return Clip(demuxer, codec, pixels, *size, turn, times, fps, notes)
 
 
 def timeline(pts: list, base, rate) -> tuple[np.ndarray, float, tuple[str, ...]]:
-    """Seconds from the first frame in the order shown, frames a second, and a note where the container gives no times."""
+    """Seconds from the first frame in the order shown, frames a second, notes where the container gives no times."""
     rate = float(rate or 1)
     if None in pts or len(set(pts)) < len(pts) or base is None:
         return np.arange(len(pts)) / rate, rate, (NO_TIMES,)
@@ -109,7 +110,8 @@ def timeline(pts: list, base, rate) -> tuple[np.ndarray, float, tuple[str, ...]]
 
 def check_pixels(path: str, height: int, width: int, most: int) -> None:
     if height * width > most:
-        raise StkitError(f"{path}: {width}x{height} pixels a frame, over the bound of {most}: scale it or raise max_frame_pixels")
+        over = f"{width}x{height} pixels a frame, over the bound of {most}"
+        raise StkitError(f"{path}: {over}: scale it or raise max_frame_pixels")
 
 
 def turn_of(path: str, frame) -> tuple[bool, bool, bool]:
@@ -122,7 +124,8 @@ def turn_of(path: str, frame) -> tuple[bool, bool, bool]:
         return False, d < 0, a < 0
     if a == d == 0 and b and c:
         return True, b < 0, c < 0
-    raise StkitError(f"{path}: is to be shown rotated by an odd angle (display matrix {a, b, c, d}): re-encode it upright")
+    matrix = f"display matrix {a, b, c, d}"
+    raise StkitError(f"{path}: is to be shown rotated by an odd angle ({matrix}): re-encode it upright")
 
 
 def upright(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
@@ -151,8 +154,8 @@ def decode_pyav(path: str, clip: Clip, wanted: set[int], max_frame_pixels: int) 
                     frames.append(upright(frame.to_ndarray(format="rgb24"), clip.turn))
                 pts.append(frame.pts)
         except av.FFmpegError as error:
-            raise StkitError(f"{path}: frame {len(pts)} of {clip.total} cannot be decoded ({error.strerror}): truncated or "
-                             "damaged, copy or re-encode it") from error
+            where = f"frame {len(pts)} of {clip.total} cannot be decoded ({error.strerror})"
+            raise StkitError(f"{path}: {where}: truncated or damaged, copy or re-encode it") from error
     return frames, pts
 
 
@@ -178,15 +181,15 @@ def read_pyav(path: str, clip: Clip, request: dict) -> tuple[Clip, np.ndarray, l
 def sample(path: str, clip: Clip, request: dict) -> np.ndarray:
     """Indices of the sampled frames, if they fit the bound on bytes."""
     indices = sample_indices(clip.total, clip.fps, request["sampling"], n=request["n"], fps=request["fps"])
-    size = len(indices) * clip.height * clip.width * 3
-    if size > request["max_bytes"]:
-        raise StkitError(f"{path}: {len(indices)} frames of {clip.width}x{clip.height} take {size} bytes, over the bound of "
-                         f"{request['max_bytes']}: sample fewer or raise max_bytes")
+    size, most = len(indices) * clip.height * clip.width * 3, request["max_bytes"]
+    if size > most:
+        over = f"{len(indices)} frames of {clip.width}x{clip.height} take {size} bytes, over the bound of {most}"
+        raise StkitError(f"{path}: {over}: sample fewer or raise max_bytes")
     return indices
 
 
 def against_decord(clip: Clip, careful: bool) -> str:
-    """Why decord should not read this clip, or "". ``careful``: also where it reads, but not the same pixels as PyAV."""
+    """Why decord should not read this clip, or "". ``careful``: also where it reads other pixels than PyAV."""
     if clip.demuxer not in ("mov", "matroska"):
         return f"decord is unreliable on {clip.demuxer}"
     transpose, up_down, left_right = clip.turn

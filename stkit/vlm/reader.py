@@ -42,7 +42,8 @@ class Reader:
     def start(self) -> None:
         """Start the child with this process's import path, from nothing (no fork: torch may be loaded here)."""
         command = self.command or [sys.executable, "-c", SERVE.format(path=sys.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
 
     def stop(self) -> None:
         """End the child at once and wait for its end."""

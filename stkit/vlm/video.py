@@ -32,9 +32,9 @@ RATIO_LIMIT = 200
 class Frames:
     """Frames of one video, with what is needed to say where they come from.
 
-    pixels: uint8 ``(T, H, W, 3)``, RGB, upright. timestamps_s: float64 ``(T,)``, seconds from the video's first frame, those
-    of the frames really sampled. indices: int64 ``(T,)``, their numbers among ``total_frames``. fps: of the video, not of
-    the sample. reader: "decord" or "pyav", and note: why that one, and what was odd about the file.
+    pixels: uint8 ``(T, H, W, 3)``, RGB, upright. timestamps_s: float64 ``(T,)``, seconds from the video's first frame,
+    those of the frames really sampled. indices: int64 ``(T,)``, their numbers among ``total_frames``. fps: of the
+    video, not of the sample. reader: "decord" or "pyav", and note: why that one, and what was odd about the file.
     """
 
     pixels: np.ndarray
@@ -60,15 +60,16 @@ def read_video(
 ) -> Frames:
     """Read the sampled frames of a local video.
 
-    ``reader="auto"``: PyAV goes through the packets; decord reads where it is installed, counts the same frames at the same
-    times, and converts colours alike (H.264, HEVC, VP9 or MPEG-4 in mp4/mkv, 8-bit 4:2:0, even size); PyAV reads everything
-    else and whatever decord fails on, stumbles over or hangs at. ``Frames.reader`` and ``Frames.note`` say which and why.
-    PyAV decodes the whole file and refuses it at the first damaged frame; decord looks at the sampled frames' surroundings.
+    ``reader="auto"``: PyAV goes through the packets; decord reads where it is installed, counts the same frames at the
+    same times, and converts colours alike (H.264, HEVC, VP9 or MPEG-4 in mp4/mkv, 8-bit 4:2:0, even size); PyAV reads
+    everything else and whatever decord fails on, stumbles over or hangs at. ``Frames.reader`` and ``Frames.note`` say
+    which and why. PyAV decodes the whole file and refuses it at the first damaged frame; decord decodes, and notices
+    damage in, only what leads up to the sampled frames.
 
     Args:
         path: mp4/mov, mkv/webm, avi, ogg, flv, mpeg-ps or mpeg-ts; a regular local file.
-        sampling, n, fps: see :func:`stkit.sampling.sample_indices`. Indices count frames, so that in a video of variable
-            frame rate they are not evenly spaced in time; ``timestamps_s`` tells.
+        sampling, n, fps: see :func:`stkit.sampling.sample_indices`. Indices count frames, so that in a video of
+            variable frame rate they are not evenly spaced in time; ``timestamps_s`` tells.
         reader: "auto", "decord" or "pyav".
         timeout_s: seconds after which the decoder is stopped (in "auto" decord gets half of them).
         max_frame_pixels, max_duration_s, max_bytes: bounds on pixels a frame, seconds, and bytes of the sampled frames.
@@ -134,7 +135,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     if not 0 < min_pixels <= max_pixels:
         raise BadUse(f"min_pixels={min_pixels} and max_pixels={max_pixels}: give 0 < min_pixels <= max_pixels")
     if min(height, width) < 1 or max(height, width) / min(height, width) > RATIO_LIMIT:
-        raise StkitError(f"a frame of {width}x{height} is too thin: one side may be {RATIO_LIMIT} times the other at most")
+        most = f"one side may be {RATIO_LIMIT} times the other at most"
+        raise StkitError(f"a frame of {width}x{height} is too thin ({most}): crop the video")
     tall, wide = round(height / factor) * factor, round(width / factor) * factor
     if tall * wide > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -210,9 +212,11 @@ def video_spec(processor) -> VideoSpec:
     values = [getattr(video, name, None) for name in names]
     if any(value is None for value in values):
         missing = ", ".join(name for name, value in zip(names, values) if value is None)
-        raise StkitError(f"{type(processor).__name__} is no Qwen-VL processor (no {missing}): load one with AutoProcessor")
+        kind = type(processor).__name__
+        raise StkitError(f"{kind} is no Qwen-VL processor (no {missing}): load one with AutoProcessor")
     if not (video.do_rescale and video.do_normalize and math.isclose(video.rescale_factor, 1 / 255)):
-        raise StkitError(f"{type(video).__name__} does not scale by 1/255 and normalise: only such processors are known")
+        kind = type(video).__name__
+        raise StkitError(f"{kind} does not scale by 1/255 and normalise: only such processors are known")
     patch, merge, temporal, mean, std = values
     return VideoSpec(patch, merge, temporal, tuple(mean), tuple(std))
 
@@ -220,8 +224,8 @@ def video_spec(processor) -> VideoSpec:
 class VideoInputs(NamedTuple):
     """What a model takes of one video.
 
-    pixel_values: float32 ``(N, 3 * temporal_patch * patch * patch)``. grid_thw: int64 ``(3,)``, patches in time, height and
-    width, N their product. second_per_grid_s: seconds from one temporal patch to the next. timestamps_s: float64
+    pixel_values: float32 ``(N, 3 * temporal_patch * patch * patch)``. grid_thw: int64 ``(3,)``, patches in time, height
+    and width, N their product. second_per_grid_s: seconds from one temporal patch to the next. timestamps_s: float64
     ``(grid_t,)``, the middle of each temporal patch.
     """
 
@@ -240,9 +244,9 @@ def prepare(
 ) -> VideoInputs:
     """Resize, normalise and cut into patches, as Transformers' processor does with the same frames.
 
-    ``second_per_grid_s`` is that of the frames really sampled, whatever the sampling: the code published with ST-R1 samples
-    one frame a second, keeps 8 of them, and still tells the model 2 seconds a temporal patch. An odd T is filled up with the
-    last frame.
+    ``second_per_grid_s`` is that of the frames really sampled, whatever the sampling: the code published with ST-R1
+    samples one frame a second, keeps 8 of them, and still tells the model 2 seconds a temporal patch (to repeat that,
+    ``inputs._replace(second_per_grid_s=2.0)``). An odd T is filled up with the last frame.
 
     Args:
         frames: T frames.

@@ -81,27 +81,9 @@ def read_video(
         BadUse: an unknown sampling or reader, or a bound or number that makes no sense.
         StkitError: no such file, not a video, truncated, damaged, without frames, over a bound, out of time.
     """
-    if reader not in READERS:
-        raise BadUse(f"reader {reader!r} is unknown: use {', '.join(READERS)}")
-    bounds = {"max_frame_pixels": max_frame_pixels, "max_duration_s": max_duration_s, "max_bytes": max_bytes}
-    for name, value in {"timeout_s": timeout_s, **bounds}.items():
-        if not 0 < value < math.inf:
-            raise BadUse(f"{name}={value} must be positive and finite")
-    sample_indices(1, 1.0, sampling, n=n, fps=fps)
-    try:
-        path = os.path.abspath(os.fsdecode(path))
-    except TypeError as error:
-        raise BadUse(f"{path!r} is not a path: give the name of a video file") from error
-    request = {"path": path, "reader": reader, "sampling": sampling, "n": int(n), "fps": float(fps), **bounds}
-    started, note = time.monotonic(), ""
-    try:
-        facts, pixels = shared_reader(os.getpid()).ask({**request, "timeout_s": timeout_s})
-    except ReaderLost as error:
-        if reader != "auto" or error.stage != "decord":
-            raise
-        note = str(error).removeprefix(f"{path}: ").split(": ")[0] + "; "
-        left_s = max(1.0, timeout_s - (time.monotonic() - started))
-        facts, pixels = shared_reader(os.getpid()).ask({**request, "reader": "pyav", "timeout_s": left_s})
+    request = {"reader": reader, "sampling": sampling, "n": n, "fps": fps, "timeout_s": timeout_s}
+    request |= {"max_frame_pixels": max_frame_pixels, "max_duration_s": max_duration_s, "max_bytes": max_bytes}
+    facts, pixels = _ask(_checked(path, request))
     indices = np.array(facts["indices"], np.int64)
     distinct, places = np.unique(indices, return_inverse=True)
     return Frames(
@@ -112,8 +94,37 @@ def read_video(
         fps=facts["fps"],
         total_frames=facts["total_frames"],
         indices=indices,
-        note=note + facts["note"],
+        note=facts["note"],
     )
+
+
+def _checked(path: str | Path, request: dict) -> dict:
+    """The request as the child takes it, if it makes sense at all."""
+    if request["reader"] not in READERS:
+        raise BadUse(f"reader {request['reader']!r} is unknown: use {', '.join(READERS)}")
+    for name in ("timeout_s", "max_frame_pixels", "max_duration_s", "max_bytes"):
+        if not 0 < request[name] < math.inf:
+            raise BadUse(f"{name}={request[name]} must be positive and finite")
+    sample_indices(1, 1.0, request["sampling"], n=request["n"], fps=request["fps"])
+    try:
+        path = os.path.abspath(os.fsdecode(path))
+    except TypeError as error:
+        raise BadUse(f"{path!r} is not a path: give the name of a video file") from error
+    return request | {"path": path, "n": int(request["n"]), "fps": float(request["fps"])}
+
+
+def _ask(request: dict) -> tuple[dict, np.ndarray]:
+    """The facts and the distinct frames; by PyAV in the time left, where decord hung or died and was not insisted on."""
+    started = time.monotonic()
+    try:
+        return shared_reader(os.getpid()).ask(request)
+    except ReaderLost as error:
+        if request["reader"] != "auto" or error.stage != "decord":
+            raise
+        note = str(error).removeprefix(f"{request['path']}: ").split(": ")[0]
+    left_s = max(1.0, request["timeout_s"] - (time.monotonic() - started))
+    facts, pixels = shared_reader(os.getpid()).ask(request | {"reader": "pyav", "timeout_s": left_s})
+    return facts | {"note": note + facts["note"].removeprefix("asked for")}, pixels
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

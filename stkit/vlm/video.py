@@ -114,7 +114,7 @@ def _checked(path: str | Path, request: dict) -> dict:
 
 
 def _ask(request: dict) -> tuple[dict, np.ndarray]:
-    """The facts and the distinct frames; by PyAV in the time left, where decord hung or died and was not insisted on."""
+    """The facts and the distinct frames; by PyAV in the time left, where decord hung or died and wasn't insisted on."""
     started = time.monotonic()
     try:
         return shared_reader(os.getpid()).ask(request)

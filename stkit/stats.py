@@ -43,7 +43,7 @@ def _values(values: Iterable[float], name: str, low: float = 0.0, high: float = 
         raise StkitError(f"{name} has shape {array.shape}: give one number a question")
     bad = array[~((array >= low) & (array <= high))]
     if bad.size:
-        raise StkitError(f"{name} holds {bad[0]}: give numbers from {low:g} to {high:g}, and leave out what was not scored")
+        raise StkitError(f"{name} holds {bad[0]}: give numbers from {low:g} to {high:g}, without what was not scored")
     return array
 
 
@@ -73,11 +73,12 @@ def _clopper_pearson(right: np.ndarray, n: np.ndarray | float, tail: float) -> t
 def interval_of_counts(right: np.ndarray, size: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of an accuracy from counts by cluster: Wilson's interval on the effective sample size, with a t quantile.
 
-    The variance is the leave-one-cluster-out one (CR3) and gives the effective sample size, mean (1 - mean) / variance. The degrees
-    of freedom are the effective number of clusters (sum of sizes squared over sum of squares) less one; near 0 and 1 they
-    are at most k (1 + 20 mean (1 - mean)), k the effective number of clusters that hold the rarer outcome: two failures in one of
-    100 clusters tell of one cluster, not of 100. It is never wider than Clopper-Pearson's interval on whole clusters, which
-    holds whatever the correlation is and which alone is used where the variance is zero.
+    The variance is the leave-one-cluster-out one (CR3) and gives the effective sample size, mean (1 - mean) / variance.
+    The degrees of freedom are the effective number of clusters (sum of sizes squared over sum of squares) less one;
+    near 0 and 1 they are at most k (1 + 20 mean (1 - mean)), k the effective number of clusters that hold the rarer
+    outcome: two failures in one of 100 clusters tell of one cluster, not of 100. It is never wider than
+    Clopper-Pearson's interval on whole clusters, which holds whatever the correlation is and which alone is used where
+    the variance is zero.
 
     Args:
         right: (..., G) right answers in each cluster.
@@ -87,8 +88,9 @@ def interval_of_counts(right: np.ndarray, size: np.ndarray, level: float = 0.95)
     Returns:
         Low and high, each of shape (...).
 
-    Source: Korn and Graubard 1998 and Dean and Pagano 2015 (Wilson on the effective size), Carter, Schnepel and Steigerwald
-    2017 (effective clusters). Deviation: the bound near 0 and 1 is ours, chosen by simulation (tests/test_stats.py).
+    Source: Korn and Graubard 1998 and Dean and Pagano 2015 (Wilson on the effective size), Carter, Schnepel and
+    Steigerwald 2017 (effective clusters). Deviation: the bound near 0 and 1 is ours, chosen by simulation
+    (tests/test_stats.py).
     """
     tail, right, size = _level(level), np.asarray(right, float), np.asarray(size, float)
     n, effective = size.sum(), size.sum() ** 2 / (size**2).sum()
@@ -166,10 +168,13 @@ def _difference(first: np.ndarray, second: np.ndarray, sizes: Sequence[np.ndarra
     below = math.sqrt(max(lows[0] ** 2 + highs[1] ** 2 - 2 * r * lows[0] * highs[1], 0.0))
     above = math.sqrt(max(highs[0] ** 2 + lows[1] ** 2 - 2 * r * highs[0] * lows[1], 0.0))
     mean = float(means[0] - means[1])
-    return Interval(mean, max(mean - below, -1.0), min(mean + above, 1.0), n, len(first), "MOVER of cluster-robust Wilson with t")
+    method = "MOVER of cluster-robust Wilson with t"
+    return Interval(mean, max(mean - below, -1.0), min(mean + above, 1.0), n, len(first), method)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable], level: float = 0.95) -> Interval:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable], level: float = 0.95
+) -> Interval:
     """Mean of a - b over the same questions, with a cluster-robust interval in [-1, 1].
 
     Args:
@@ -300,9 +305,10 @@ def clips_needed(
 ) -> int:
     """How many clips show a difference in accuracy.
 
-    The smallest G with ``G >= (t_(1 - alpha/2) + t_power)^2 V D / (m x^2)``: x the difference, m questions a clip, design effect
-    ``D = 1 + (m - 1) icc``, ``V = p q + p' q' - 2 r sqrt(p q p' q')`` with p the accuracy, p' = p + x (p - x where that is over 1) and
-    r the correlation of the two answers to one question (0 unless paired); t with G - 1 degrees of freedom (2 G - 2 unpaired).
+    The smallest G with ``G >= (t_(1 - alpha/2) + t_power)^2 V D / (m x^2)``: x the difference, m questions a clip,
+    design effect ``D = 1 + (m - 1) icc``, ``V = p q + p' q' - 2 r sqrt(p q p' q')`` with p the accuracy, p' = p + x
+    (p - x where that is over 1) and r the correlation of the two answers to one question (0 unless paired); t with
+    G - 1 degrees of freedom (2 G - 2 unpaired).
 
     Args:
         difference: x, between 0 and 1; its sign doesn't matter.
@@ -320,10 +326,11 @@ def clips_needed(
     x, m, tail = abs(difference), questions_per_clip, _level(level)
     checks = {"difference": 0 < x < 1, "accuracy": 0 <= accuracy <= 1, "questions_per_clip": m >= 1}
     checks |= {"icc": 0 <= icc <= 1, "power": 0 < power < 1, "correlation": -1 <= correlation < 1}
-    given = dict(difference=difference, accuracy=accuracy, questions_per_clip=m, icc=icc, power=power, correlation=correlation)
+    given = {"difference": difference, "accuracy": accuracy, "questions_per_clip": m, "icc": icc}
+    given |= {"power": power, "correlation": correlation}
     for name, good in checks.items():
         if not good:
-            raise BadUse(f"{name}={given[name]} is out of range: clips_needed? shows the ranges")
+            raise BadUse(f"{name}={given[name]} is out of range: help(clips_needed) tells the ranges")
     other = accuracy + x if accuracy + x <= 1 else accuracy - x
     if other < 0:
         raise BadUse(f"difference={difference} from accuracy={accuracy} leaves 0 to 1: give a smaller difference")

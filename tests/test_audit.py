@@ -17,12 +17,22 @@ from stkit.bench.schema import Question, Route, Step, row_of
 from stkit.runtime import StkitError
 
 SEEDS = (0, 1, 2, 3, 4)
-WORDS = "amber basin cedar delta ember fjord grove haven inlet jetty knoll ledge mesa notch oasis plaza quarry ridge".split()
+WORDS = ["amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet"]
+WORDS += ["jetty", "knoll", "ledge", "mesa", "notch", "oasis", "plaza", "quarry", "ridge"]
 
 
 def question(n: int | str, options: list[str], answer: int, task="direction", order="forward", group=None) -> Question:
     return Question(
-        f"q{n}", f"c{n}", f"c{n}.mp4", group or f"g{n}", task, order, "What did you pass?", tuple(options), answer, "test"
+        f"q{n}",
+        f"c{n}",
+        f"c{n}.mp4",
+        group or f"g{n}",
+        task,
+        order,
+        "What did you pass?",
+        tuple(options),
+        answer,
+        "test",
     )
 
 
@@ -69,7 +79,9 @@ def test_random_options_give_nothing_away():
 
 def test_a_favoured_letter_is_found():
     rng = random.Random(1)
-    result = audit_questions([question(n, neutral(rng), 0 if rng.random() < 0.4 else rng.randrange(4)) for n in range(400)])
+    result = audit_questions(
+        [question(n, neutral(rng), 0 if rng.random() < 0.4 else rng.randrange(4)) for n in range(400)]
+    )
     assert "majority letter" in found(result) and "option length" not in found(result)
 
 
@@ -109,7 +121,9 @@ def test_order_alone_is_found_by_the_medoid_in_order_only():
             options.append(" then ".join(edited))
         options.insert(answer, " then ".join(truth))
         made.append(question(n, options, answer))
-    assert "medoid, in order" in found(audit_questions(made)) and "medoid, bag of words" not in found(audit_questions(made))
+    assert "medoid, in order" in found(audit_questions(made)) and "medoid, bag of words" not in found(
+        audit_questions(made)
+    )
 
 
 def test_a_leaking_word_is_found_and_named():
@@ -127,7 +141,9 @@ def test_a_leaking_word_is_found_and_named():
 def square_around(truth: Route, rng: random.Random) -> list[Route]:
     """A square of its own around a list of landmarks: two of them replaced by kinds that the walk has not."""
     i, j = rng.sample(range(len(truth.steps)), 2)
-    new = dict(zip((i, j), rng.sample([k for k in LANDMARKS if k not in {s.value for s in truth.steps}], 2), strict=True))
+    new = dict(
+        zip((i, j), rng.sample([k for k in LANDMARKS if k not in {s.value for s in truth.steps}], 2), strict=True)
+    )
     made = []
     for edits in ((), (i,), (j,), (i, j)):
         made.append(Route(tuple(replace(s, value=new[k]) if k in edits else s for k, s in enumerate(truth.steps))))
@@ -254,7 +270,9 @@ def test_any_file_of_the_schema_is_audited_and_the_json_is_clean(tmp_path):
     told = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert told["questions"] + told["open_ended"] == len(questions) and told["leaks"] is False
     assert all(isinstance(r["n"], int) and isinstance(r["clusters"], int) for r in told["results"])
-    assert all(math.isfinite(r[k]) for r in told["results"] for k in ("accuracy", "chance", "low", "high", "p", "p_holm"))
+    assert all(
+        math.isfinite(r[k]) for r in told["results"] for k in ("accuracy", "chance", "low", "high", "p", "p_holm")
+    )
     assert list(result.table()["baseline"].unique()) == [r["baseline"] for r in told["results"] if r["scope"] == "all"]
     assert "too few to tell" in result.text() and "30 clips" in result.text()
 

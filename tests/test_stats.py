@@ -1,4 +1,4 @@
-"""The statistics hold where they are used: intervals cover, tests keep their level, counts of clips give their power."""
+"""Intervals cover, tests keep their level, counts of clips give their power: by simulation and by hand."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,9 @@ def sizes_of(clusters, questions, unequal=False):
 @pytest.mark.parametrize("clusters", [8, 12, 30, 200])
 def test_the_interval_covers_93_to_97_percent_in_the_middle(clusters, unequal):
     found = {
-        (questions, accuracy, icc): coverage(accuracy, icc, sizes_of(clusters, questions, unequal), times=240_000 // max(clusters, 40))
+        (questions, accuracy, icc): coverage(
+            accuracy, icc, sizes_of(clusters, questions, unequal), times=240_000 // max(clusters, 40)
+        )
         for questions, accuracy, icc in itertools.product((4, 8, 20), (0.3, 0.5, 0.7), (0, 0.1, 0.3))
     }
     assert min(found.values()) >= 0.93, min(found.items(), key=lambda item: item[1])
@@ -70,7 +72,9 @@ def test_the_plain_cluster_robust_interval_would_not_hold_near_1():
 
 
 def test_clusters_that_answer_alike_are_covered_too():
-    found = [coverage(a, 0.3, sizes_of(g, m), shape="alike") for g in (10, 40) for m in (4, 10) for a in (0.3, 0.5, 0.7)]
+    found = [
+        coverage(a, 0.3, sizes_of(g, m), shape="alike") for g in (10, 40) for m in (4, 10) for a in (0.3, 0.5, 0.7)
+    ]
     assert 0.93 <= min(found) and max(found) <= 0.98
 
 
@@ -167,7 +171,10 @@ def test_the_interval_of_a_paired_difference_covers(up, down, icc):
 
 def test_a_paired_difference_is_the_mean_of_the_differences_and_has_a_width():
     groups = [i // 4 for i in range(80)]
-    same, apart = stats.paired_difference([1] * 80, [1] * 80, groups), stats.paired_difference([1] * 80, [0] * 80, groups)
+    same, apart = (
+        stats.paired_difference([1] * 80, [1] * 80, groups),
+        stats.paired_difference([1] * 80, [0] * 80, groups),
+    )
     assert same.mean == 0 and same.low < -0.05 and same.high > 0.05
     assert apart.mean == 1 and 0.6 < apart.low < 0.95 and apart.high == 1
     mixed = stats.paired_difference([1, 1, 0, 0] * 20, [1, 0, 1, 0] * 20, groups)
@@ -211,7 +218,9 @@ def test_the_permutation_test_is_exact_for_few_clusters():
 def test_the_permutation_test_is_the_same_for_the_same_seed():
     a, b, groups = next(differences(0.3, 0.2, 0.1, 60, 4, 1))
     assert stats.permutation_p(a, b, groups, seed=1) == stats.permutation_p(a, b, groups, seed=1)
-    assert stats.permutation_p(a, b, groups, seed=1) == pytest.approx(stats.permutation_p(a, b, groups, seed=2), abs=0.03)
+    assert stats.permutation_p(a, b, groups, seed=1) == pytest.approx(
+        stats.permutation_p(a, b, groups, seed=2), abs=0.03
+    )
 
 
 def test_the_permutation_test_keeps_its_level_under_clustering():
@@ -254,7 +263,8 @@ def test_the_number_of_clips_gives_the_power_it_promises():
 
 
 def test_the_number_of_clips_gives_its_power_to_a_paired_comparison_too():
-    # a - b is 1 in 0.26 and -1 in 0.14 of the questions: variance 0.3856 = 0.25 + 0.2356 - 2 r sqrt(0.25 x 0.2356) for this r
+    # a - b is 1 in 0.26 and -1 in 0.14 of the questions: its variance is 0.3856, and for this r so is
+    # 0.25 + 0.2356 - 2 r sqrt(0.25 x 0.2356)
     r = 0.1 / (2 * math.sqrt(0.25 * 0.2356))
     clips = stats.clips_needed(0.12, accuracy=0.5, questions_per_clip=8, icc=0.2, paired=True, correlation=r)
     cases = differences(0.26, 0.14, 0.2, clips, 8, 1000)
@@ -270,7 +280,9 @@ def test_more_clips_are_needed_for_smaller_differences_and_fewer_when_paired():
     assert stats.clips_needed(0.1) in (82, 83)
 
 
-@pytest.mark.parametrize("wrong", [{"difference": 0}, {"difference": 1.5}, {"power": 1}, {"icc": -1}, {"questions_per_clip": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"difference": 0}, {"difference": 1.5}, {"power": 1}, {"icc": -1}, {"questions_per_clip": 0}]
+)
 def test_a_count_of_clips_that_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(BadUse, match=next(iter(wrong))):
         stats.clips_needed(**{"difference": 0.1} | wrong)

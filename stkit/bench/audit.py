@@ -3,9 +3,9 @@
     result = audit("runs/walks")
     result.leaks, result.table()
 
-An attack that is above chance has found something in the text: a leak. Below chance is none (cross-validation on exactly balanced
-letters falls a little below it). The verdict is by one-sided, cluster-robust tests with Holm's correction over all of them, at a
-family level of 1 %.
+An attack that is above chance has found something in the text: a leak. Below chance is none (cross-validation on
+exactly balanced letters falls a little below it). The verdict is by one-sided, cluster-robust tests with Holm's
+correction over all of them, at a family level of 1 %.
 """
 
 from collections import Counter
@@ -30,9 +30,10 @@ WORDS_SHOWN = 10
 class Audit:
     """What the attacks found.
 
-    ``results`` has one row for each attack and scope ("all" or a task): baseline, scope, accuracy, chance, low, high, n, clusters,
-    p, p_holm, verdict ("leak", "no leak", "too few to tell"). ``letters`` counts right answers by category and letter;
-    ``lengths`` the mean characters of right and wrong options; ``words`` those that tell right from wrong options best.
+    ``results`` has one row for each attack and scope ("all" or a task): baseline, scope, accuracy, chance, low, high,
+    n, clusters, p, p_holm, verdict ("leak", "no leak", "too few to tell"). ``letters`` counts right answers by category
+    and letter; ``lengths`` the mean characters of right and wrong options; ``words`` those that tell right from wrong
+    options best.
     """
 
     path: str
@@ -95,15 +96,16 @@ class Audit:
         lines = [
             f"{told} (one-sided tests, Holm's correction, family level {FAMILY_LEVEL:.0%})",
             f"best blind attack: {best['baseline']}, {best['accuracy']:.1%} where chance is {best['chance']:.1%}",
-            f"{self.questions} questions with options on {self.clusters} clips; {self.open_ended} open-ended ones are not audited",
+            f"{self.questions} questions with options on {self.clusters} clips ({self.open_ended} open-ended left out)",
             "",
-            f"{'attack':<28}{'scope':<11}{'accuracy':>9}  {'95 % interval':<15}{'chance':>7}{'n':>7}{'p (Holm)':>10}  verdict",
         ]
+        head = f"{'attack':<28}{'scope':<11}{'accuracy':>9}  {'95 % interval':<15}{'chance':>7}{'n':>7}{'p (Holm)':>10}"
+        lines.append(f"{head}  verdict")
         for r in self.results:
             interval = f"{100 * r['low']:.1f} to {100 * r['high']:.1f}"
             lines.append(
-                f"{r['baseline']:<28}{r['scope']:<11}{100 * r['accuracy']:>9.1f}  {interval:<15}{100 * r['chance']:>7.1f}"
-                f"{r['n']:>7}{r['p_holm']:>10.2g}  {r['verdict']}"
+                f"{r['baseline']:<28}{r['scope']:<11}{100 * r['accuracy']:>9.1f}  {interval:<15}"
+                f"{100 * r['chance']:>7.1f}{r['n']:>7}{r['p_holm']:>10.2g}  {r['verdict']}"
             )
         lines += ["", *_facts(self)]
         return "\n".join(lines)
@@ -152,7 +154,9 @@ def audit_questions(questions: Sequence[Question], seed: int = 0, path: str = ""
     """Audit questions in memory; see :func:`audit`."""
     asked = [q for q in questions if q.options]
     if not asked:
-        raise StkitError(f"{path or 'these questions'}: no question has options, so there is nothing to guess from them")
+        raise StkitError(
+            f"{path or 'these questions'}: no question has options, so there is nothing to guess from them"
+        )
     rows = Rows(asked)
     tasks = np.array([q.task for q in asked])
     results = []

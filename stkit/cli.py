@@ -88,7 +88,7 @@ def _pair(text: str | None, name: str, separator: str = "-") -> tuple[int, int] 
     if text is None:
         return None
     parts = text.split(separator)
-    if len(parts) > 2 or not all(p.strip().isdigit() for p in parts):
+    if len(parts) > 2 or not all(p.strip().isdecimal() for p in parts):
         raise BadUse(f"--{name} {text!r}: give two numbers such as 2{separator}5")
     return int(parts[0]), int(parts[-1])
 
@@ -105,9 +105,9 @@ def build(
     turns: Annotated[str | None, typer.Option("--turns", help="Turns of a walk, e.g. 2-5.")] = None,
     landmarks: Annotated[str | None, typer.Option("--landmarks", help="Landmarks of a walk, e.g. 3-5.")] = None,
     actions: Annotated[str | None, typer.Option("--actions", help="Actions of a walk, e.g. 2-3.")] = None,
-    light: Annotated[str | None, typer.Option("--light", help="Light level from 0 to 255, e.g. 160-240.")] = None,
+    light: Annotated[str | None, typer.Option("--light", help="Light level from 115 to 255, e.g. 160-240.")] = None,
     resolution: Annotated[str | None, typer.Option("--resolution", help="Width x height, e.g. 160x120.")] = None,
-    textures: Annotated[str | None, typer.Option("--textures", help="Texture sets, separated by commas.")] = None,
+    textures: Annotated[str | None, typer.Option("--textures", help="Texture sets with commas between.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Build it even when it is very large.")] = False,
     as_json: AsJson = False,
 ):
@@ -116,7 +116,7 @@ def build(
 
     ranges = {"turns": turns, "landmarks": landmarks, "actions": actions, "light": light}
     knobs = {name: _pair(text, name) for name, text in ranges.items()} | {"resolution": _pair(resolution, "resolution", "x")}
-    knobs["textures"] = tuple(t.strip() for t in textures.split(",")) if textures else None
+    knobs["textures"] = None if textures is None else tuple(t.strip() for t in textures.split(","))
     knobs = {name: value for name, value in knobs.items() if value is not None}
     with _stdout_for_json_only(as_json):
         result = build_benchmark(

@@ -54,6 +54,10 @@ def test_no_arguments_show_the_commands(capsys):
         (["build", "--out", "o", "--clips", "0"], "0"),
         (["build", "--out", "o", "--clips", "-3"], "-3"),
         (["build", "--out", "o", "--turns", "two"], "two"),
+        (["build", "--out", "o", "--turns", "\u00b2"], "\u00b2"),
+        (["build", "--out", "o", "--textures", ""], "textures"),
+        (["build", "--out", "o", "--textures", "rust"], "--ood"),
+        (["build", "--out", "o", "--light", "0-100"], "115"),
         (["build", "--out", "o", "--preset", "huge"], "huge"),
     ],
 )

@@ -8,9 +8,9 @@ from stkit.runtime import BadUse
 
 
 def test_knobs_turn_a_preset():
-    made = preset("tiny", turns=(1, 1), landmarks=(0, 2), light=(10, 20), resolution=(64, 48), textures=("rust",))
+    made = preset("tiny", turns=(1, 1), landmarks=(0, 2), light=(120, 125), resolution=(64, 48), textures=("panel",))
     plan = make_plan(0, 0, made)
-    assert len(plan.turns) == 1 and plan.dressing == "rust" and 10 <= plan.light <= 20
+    assert len(plan.turns) == 1 and plan.dressing == "panel" and 120 <= plan.light <= 125
     assert (made.width, made.height) == (64, 48)
     assert make_plan(0, 0, preset("tiny", turns=(0, 0), landmarks=(0, 0), actions=(0, 0))).turns == ()
 
@@ -23,6 +23,13 @@ def test_out_of_distribution_is_longer_darker_and_dressed_otherwise():
         assert not {*made.textures} & {*plain.textures} and {*made.textures} == {*OOD_DRESSINGS}
 
 
+def test_unseen_textures_are_for_out_of_distribution_builds_alone():
+    assert preset("tiny", ood=True, textures=("rust",)).textures == ("rust",)
+    for dressing in OOD_DRESSINGS:
+        with pytest.raises(BadUse, match="--ood"):
+            preset("tiny", textures=dressing)
+
+
 @pytest.mark.parametrize(
     ("knobs", "named"),
     [
@@ -33,11 +40,13 @@ def test_out_of_distribution_is_longer_darker_and_dressed_otherwise():
         ({"landmarks": (3, 13)}, "13"),
         ({"landmarks": (2, 9)}, "room for 6"),
         ({"actions": (1, 7)}, "7"),
-        ({"light": (0, 300)}, "300"),
+        ({"light": (160, 300)}, "300"),
+        ({"light": (0, 200)}, "from 115 to 255 .*nothing can be seen"),
         ({"resolution": (161, 120)}, "161"),
         ({"resolution": "big"}, "big"),
         ({"textures": ("velvet",)}, "velvet"),
         ({"textures": ()}, "none"),
+        ({"textures": ("stone", "rust")}, "'rust' is for out-of-distribution builds: add --ood"),
         ({"doors": (1, 2)}, "doors"),
     ],
 )

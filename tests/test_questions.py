@@ -291,7 +291,7 @@ def test_questions_are_a_function_of_seed_and_preset(asked):
     assert plan_questions(400, seed=5) == asked
     assert plan_questions(20, seed=6)[0] != asked[0][:160]
     assert {q.split for q in plan_questions(12, 0, "tiny", split="test")[0]} == {"test"}
-    darker = preset("tiny", light=(10, 20))
+    darker = preset("tiny", light=(120, 125))
     assert [q.options for q in plan_questions(12, 0, darker)[0]] == [q.options for q in plan_questions(12, 0)[0]]
 
 

@@ -10,18 +10,17 @@ from ..runtime import BadUse
 from .routes import ACTIONS, LANDMARKS
 
 TICKS_PER_SECOND = 35
-CELL = (
-    256  # units: cells are squares of this size at this pitch; cell (x, y) has its centre at (x + 1/2, y + 1/2) * CELL
-)
+CELL = 256  # units: the side and pitch of the square cells; cell (x, y) has its centre at (x + 1/2, y + 1/2) * CELL
 HEADINGS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # north, east, south, west
 MIRROR = {"left": "right", "right": "left"}
 DRESSINGS = ("stone", "plaster", "panel", "concrete")
 OOD_DRESSINGS = ("tile", "rust", "rock")
+LEAST_LIGHT = 115  # at 100 two landmarks differ by 2 grey levels of 255 and at 60 by none; at 115 by 3.6, at 160 by 6.7
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a build draws from. Pairs are inclusive ranges; ``length`` is in cells a straight, light is Doom's 0 to 255.
+    """What a build draws from. Pairs are inclusive ranges; ``length`` is in cells a straight, light is Doom's.
 
     With the presets' ticks an event lasts at least ``event_ticks``: turns and actions by definition, landmarks because
     of where they may stand (see ``plans._places``).
@@ -66,7 +65,7 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
         name: "tiny" (160x120, 32 frames) or "default" (320x240, longer walks, 48 frames).
         ood: out of distribution: textures that no other build uses, longer routes, darker.
         knobs: ``turns``, ``landmarks``, ``actions``, ``light`` (pairs, inclusive), ``resolution`` (width, height),
-            ``textures`` (names of dressings). They win over ``ood``.
+            ``textures`` (names of dressings; the unseen ones with ``ood`` only). They win over ``ood``.
 
     Raises:
         BadUse: an unknown name or knob, or a value out of range.
@@ -81,7 +80,7 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
         "turns": (0, 12),
         "landmarks": (0, len(made.landmark_kinds)),
         "actions": (0, len(made.action_kinds)),
-        "light": (0, 255),
+        "light": (LEAST_LIGHT, 255),
     }
     for knob, value in knobs.items():
         if knob in bounds:
@@ -89,7 +88,7 @@ def preset(name: str = "tiny", ood: bool = False, **knobs) -> Preset:
         elif knob == "resolution":
             made = replace(made, **dict(zip(("width", "height"), _resolution(value), strict=True)))
         elif knob == "textures":
-            made = replace(made, textures=_textures(value))
+            made = replace(made, textures=_textures(value, ood))
         else:
             raise BadUse(f"knob {knob!r} is unknown: use {', '.join(bounds)}, resolution, textures")
     room = 2 * (made.turns[0] + 1)
@@ -106,9 +105,10 @@ def _pair(knob: str, value, least: int, most: int) -> tuple[int, int]:
     try:
         low, high = value
     except (TypeError, ValueError):
-        raise BadUse(f"{knob}={value!r}: give two whole numbers, e.g. {knob}=(2, 3)") from None
+        raise BadUse(f"{knob}={value!r}: give two whole numbers, e.g. {knob}=({least}, {least + 1})") from None
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in (low, high)) or not least <= low <= high <= most:
-        raise BadUse(f"{knob}=({low!r}, {high!r}): give two whole numbers, rising, from {least} to {most}")
+        why = " (in less light nothing can be seen)" * (knob == "light")
+        raise BadUse(f"{knob}=({low!r}, {high!r}): give two whole numbers, rising, from {least} to {most}{why}")
     return low, high
 
 
@@ -123,9 +123,11 @@ def _resolution(value) -> tuple[int, int]:
     return width, height
 
 
-def _textures(value) -> tuple[str, ...]:
-    known = DRESSINGS + OOD_DRESSINGS
+def _textures(value, ood: bool) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value)
+    known = DRESSINGS + OOD_DRESSINGS * ood
+    if unseen := [n for n in names if n in OOD_DRESSINGS and not ood]:
+        raise BadUse(f"textures={value!r}: {unseen[0]!r} is for out-of-distribution builds: add --ood (ood=True)")
     if bad := [n for n in names if n not in known] or not names:
         raise BadUse(f"textures={value!r}: {bad[0] if names else 'none'!r} is unknown, use some of {', '.join(known)}")
     return names

@@ -130,8 +130,8 @@ def read_partial_jsonl(path: str | Path) -> list[dict]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            why = f"not JSON ({error.msg}): delete that line, its question is asked again"
+        except (ValueError, RecursionError) as error:
+            why = f"not JSON ({error}): delete that line, its question is asked again"
             raise StkitError(f"{path}:{number}: {why}") from error
     return rows
 

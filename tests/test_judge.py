@@ -258,7 +258,8 @@ def test_what_is_not_a_run_gets_one_line(tmp_path, walks):
     with pytest.raises(StkitError, match="is a file"):
         judge.load_run(good / "config.json")
     lines = (good / "predictions.jsonl").read_text().splitlines()
-    for bad, named in (('{"id": 1', "not JSON"), ("[]", "not a JSON object"), ('{"id": "q0-0"}', "mode is missing")):
+    for bad, named in (('{"id": 1', "not JSON"), ("[]", "not a JSON object"), ('{"id": "q0-0"}', "mode is missing"),
+                       (lines[2].replace('"extra": {}', '"extra": []'), "extra=")):  # fmt: skip
         (good / "predictions.jsonl").write_text("\n".join([*lines[:2], bad, *lines[3:]]) + "\n")
         with pytest.raises(StkitError, match=f"predictions.jsonl:3: {named}") as error:
             judge.load_run(good)
@@ -300,6 +301,13 @@ def test_a_run_whose_benchmark_is_gone_or_another_gets_one_line(tmp_path, walks)
     shutil.rmtree(tmp_path / "walks")
     with pytest.raises(StkitError, match="walks: the benchmark that the run .* is not there"):
         judge.load_run(run)
+
+
+def test_a_run_that_was_copied_with_its_benchmark_beside_it_is_read(tmp_path, walks):
+    folder_of(tmp_path / "there", "first", [i % 2 == 0 for i in range(64)], walks)
+    (tmp_path / "there").rename(tmp_path / "here")
+    run = judge.load_run(tmp_path / "here" / "first")
+    assert run.scores["accuracy"] == 0.5 and run.benchmark.path == tmp_path / "here" / "walks"
 
 
 def test_a_run_on_one_split_is_scored_on_that_split(tmp_path, walks):

@@ -66,10 +66,12 @@ def _prediction(row, where: str) -> Prediction:
         ("id", str),
         ("text", str),
         ("failed", str),
+        ("extra", dict),
+        ("log_probs", list | None),
         ("correct", bool | None),
         ("parsed", int | str | None),
     ):
-        if not isinstance(row.get(name, ""), kinds):
+        if name in row and not isinstance(row[name], kinds):
             raise StkitError(f"{where}: {name}={row[name]!r:.60} has the wrong type: {ANEW}")
     kept = {k: v for k, v in row.items() if k in known}
     lists = {k: tuple(kept.get(k) or ()) for k in ("log_probs", "timestamps_s")}
@@ -90,18 +92,19 @@ def _predictions(path: Path) -> tuple[Prediction, ...]:
 
 def _asked(folder: Path, settings: dict) -> tuple[Benchmark, tuple[Question, ...], int]:
     """The benchmark of a run, the questions that it was asked, and how many of them read otherwise than then."""
-    bench = Path(str(settings.get("bench")))
-    if not bench.exists():
+    then = Path(str(settings.get("bench")))
+    beside = folder.resolve().parent / then.name  # runs that were copied from elsewhere come with their benchmark
+    if not (found := [place for place in (then, beside) if place.exists()]):
         raise StkitError(
-            f"{bench}: the benchmark that the run {folder} was asked is not there: put it back to report on it"
+            f"{then}: the benchmark that the run {folder} was asked is not there: put it back, there or beside the run"
         )
-    benchmark = load_benchmark(bench, bool(settings.get("skip_bad")))
+    benchmark = load_benchmark(found[0], bool(settings.get("skip_bad")))
     questions = benchmark.select(settings.get("split"), settings.get("limit"))
     if not (folder / "files.json").is_file():
         return benchmark, questions, 0
-    then = read_json(folder / "files.json").get("questions", {})
+    hashes = read_json(folder / "files.json").get("questions", {})
     now = {q.id: hashlib.sha256(to_json(row_of(q)).encode()).hexdigest() for q in questions}
-    return benchmark, questions, sum(now[i] != then[i] for i in now if i in then)
+    return benchmark, questions, sum(now[i] != hashes[i] for i in now if i in hashes)
 
 
 def load_run(folder: str | Path) -> Run:

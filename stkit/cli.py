@@ -191,6 +191,7 @@ def eval_(
     attention: Annotated[str, typer.Option("--attention", help="auto, sdpa, eager, flash_attention_2.")] = "auto",
     adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA adapter.")] = None,
     skip_bad: SkipBad = False,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep decoded frames in ~/.cache/stkit or $STKIT_CACHE.")] = True,
     as_json: AsJson = False,
 ):
     """Ask a model every question and score it by category, its blind score beside it."""
@@ -201,7 +202,7 @@ def eval_(
             bench, model=model, out=out, mode=mode.value, control=control.value, split=split and split.value, limit=limit,
             seed=seed, blind=blind, batch_size=batch_size, sampling=sampling, frames=frames, fps=fps, max_pixels=max_pixels,
             max_new_tokens=max_new_tokens, prompt=prompt, four_bit=four_bit, device=device, dtype=dtype,
-            attention=attention, adapter=adapter, skip_bad=skip_bad,
+            attention=attention, adapter=adapter, skip_bad=skip_bad, cache=cache,
         )  # fmt: skip
     print(to_json(result.scores) if as_json else result.text())
 

@@ -29,7 +29,7 @@ from .reporting.tables import text_table
 from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, to_json, write_json
 from .runtime import BadUse, StkitError, versions
 from .sampling import sample_indices
-from .vlm.cache import content_hash
+from .vlm.cache import FrameCache, content_hash
 from .vlm.controls import CONTROLS
 from .vlm.interview import BLIND, Interview, Settings, Shown
 from .vlm.load import Loaded, load_model
@@ -76,6 +76,7 @@ def evaluate(
     attention: str = "auto",
     adapter: str | Path | None = None,
     skip_bad: bool = False,
+    cache: bool = True,
     progress: bool = True,
 ) -> Result:
     """Ask a model every question of a benchmark and score it by category.
@@ -100,6 +101,7 @@ def evaluate(
         prompt: "stkit" or "published".
         reader: "auto", "decord" or "pyav".
         skip_bad: go on without malformed rows.
+        cache: keep decoded and resized frames in $STKIT_CACHE or ~/.cache/stkit/frames (4 GiB, the oldest leave).
         progress: bar and estimate on stderr.
 
     Returns:
@@ -130,7 +132,8 @@ def evaluate(
     try:
         files = _fingerprint(benchmark, questions, with_videos=control != "blind")
         _start(out, chosen | asdict(settings), loaded.record, files, batch_size)
-        run = _Run(out, benchmark, Interview(loaded, settings, batch_size), files["videos"], blind)
+        interview = Interview(loaded, settings, batch_size, FrameCache() if cache else None)
+        run = _Run(out, benchmark, interview, files["videos"], blind)
         run.ask(questions, progress)
         scores = _scores(run, questions, loaded.record, settings.control, benchmark)
         write_json(out / "scores.json", scores)

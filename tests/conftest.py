@@ -1,9 +1,11 @@
 """What every test shares: hypothesis draws the same cases each time, torch keeps to one thread a worker."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["STKIT_CACHE"] = tempfile.mkdtemp(prefix="stkit-frames-")  # never the frames of the machine's user
 
 from hypothesis import settings  # noqa: E402
 

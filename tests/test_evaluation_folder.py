@@ -1,6 +1,7 @@
 """A run's folder: every answer on disk as it comes, nothing lost, nothing mixed that does not belong together."""
 
 import errno
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from stkit.bench.schema import row_of
 from stkit.evaluation import evaluate
 from stkit.runs import write_jsonl
 from stkit.runtime import StkitError
+from stkit.vlm import cache as cache_module
 from stkit.vlm.interview import Interview
 from stkit.vlm.load import load_model
 
@@ -169,3 +171,21 @@ def test_malformed_rows_stop_it_unless_they_are_to_be_skipped_and_counted(own_be
     assert not (tmp_path / "r").exists()
     result = evaluate(own_bench, tiny, tmp_path / "r", limit=4, skip_bad=True, progress=False)
     assert result.scores["skipped"] == 1 and any("1 malformed row" in notice for notice in result.scores["notices"])
+
+
+def test_cached_frames_change_no_answer_and_are_not_decoded_again(bench, tiny, first, tmp_path, monkeypatch):
+    monkeypatch.setenv("STKIT_CACHE", str(tmp_path / "frames"))
+    plain = evaluate(bench, tiny, tmp_path / "plain", cache=False, progress=False)
+    assert not (tmp_path / "frames").exists()
+    evaluate(bench, tiny, tmp_path / "fills", progress=False)
+    assert len([*(tmp_path / "frames").glob("*.npz")]) == 3
+
+    @functools.wraps(cache_module.read_video)
+    def decoded(*_, **__):
+        raise AssertionError("a cached video was read again")
+
+    monkeypatch.setattr(cache_module, "read_video", decoded)
+    cached = evaluate(bench, tiny, tmp_path / "cached", progress=False)
+    assert cached.scores == plain.scores == first.scores
+    for before, after in zip(lines(plain.out / "predictions.jsonl"), lines(cached.out / "predictions.jsonl"), strict=True):
+        assert before | {"seconds": 0} == after | {"seconds": 0}

@@ -26,7 +26,7 @@ CONTROLS = {
     "shuffled": "shuffled control: the model saw the frames in a random order",
     "reversed": "reversed control: the model saw the frames backwards",
     "single-frame": "single-frame control: the model saw one frame only",
-    "circular": "circular control: right means right under every rotation of the options",
+    "circular": "circular control: right means right under every rotation; chance: keep to one option",
 }
 
 

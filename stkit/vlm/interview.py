@@ -18,10 +18,11 @@ from ..bench import routes
 from ..bench.schema import LETTERS, Prediction, Question
 from .answers import answer_parts, parse, parse_route
 from .ask import Said, decode, encode_video, letter_log_probs
+from .cache import FrameCache, load_frames
 from .controls import control_frames, rotated, turns, turns_seen_backwards
 from .load import Loaded
 from .prompts import Prompt, build_prompt
-from .video import PUBLISHED_MAX_PIXELS, VideoInputs, prepare, read_video, video_spec
+from .video import PUBLISHED_MAX_PIXELS, VideoInputs, prepare, video_spec
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class Interview:
         loaded: model, processor and record.
         settings: see :class:`Settings`.
         batch_size: questions (and rotations of options) at a time; the answers don't depend on it.
+        cache: where decoded and resized frames are kept; None for nowhere. The answers don't depend on it.
     """
 
-    def __init__(self, loaded: Loaded, settings: Settings, batch_size: int = 8):
-        self.loaded, self.settings, self.batch_size = loaded, settings, batch_size
+    def __init__(self, loaded: Loaded, settings: Settings, batch_size: int = 8, cache: FrameCache | None = None):
+        self.loaded, self.settings, self.batch_size, self.cache = loaded, settings, batch_size, cache
 
     def blindfolded(self) -> "Interview":
         """The blind control of this interview: the same prompts without the video, by letter."""
@@ -76,10 +78,14 @@ class Interview:
             StkitError: the video cannot be read.
         """
         s = self.settings
+        spec = video_spec(self.loaded.processor)
         reading = {"n": s.frames, "fps": s.fps}
-        frames = read_video(path, s.sampling, reader=s.reader, **{k: v for k, v in reading.items() if v is not None})
+        frames = load_frames(
+            path, spec.patch * spec.merge, s.min_pixels, s.max_pixels, cache=self.cache, sampling=s.sampling,
+            reader=s.reader, **{k: v for k, v in reading.items() if v is not None},
+        )  # fmt: skip
         frames = control_frames(frames, s.control, s.seed, clip_id)
-        inputs = prepare(frames, video_spec(self.loaded.processor), s.min_pixels, s.max_pixels)
+        inputs = prepare(frames, spec, s.min_pixels, s.max_pixels)
         told = {"reader": frames.reader} | ({"note": frames.note} if frames.note else {})
         times = tuple(round(float(t), 4) for t in frames.timestamps_s)
         return Shown(inputs, encode_video(self.loaded, inputs), times, told)

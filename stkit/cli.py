@@ -10,6 +10,7 @@ Tracebacks only with --debug.
 
 import contextlib
 import sys
+import traceback
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .bench.schema import BadRows
 from .runs import explain, to_json
 from .runtime import BadUse, StkitError, StkitWarning
 
@@ -243,14 +245,16 @@ def _failure(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # a usage error of Typer's, whose classes moved between its versions
         _say(f"{error.format_message()} (see 'stkit --help')")
         return 2
-    if isinstance(error, StkitError):
+    if isinstance(error, BadRows):  # a line for each of them
         _say(str(error))
-        return 2 if isinstance(error, BadUse) else 1
-    if isinstance(error, OSError):
-        _say(explain(error))
         return 1
-    _say(f"{type(error).__name__}: {error} (this is a fault of stkit's: run it again with --debug and report it)")
-    return 1
+    if isinstance(error, (StkitError, OSError)):
+        text = explain(error) if isinstance(error, OSError) else str(error)
+    else:
+        fault = "this is a fault of stkit's: run it again with --debug and report it"
+        text = f"{type(error).__name__}: {error} ({fault})"
+    _say(" ".join(text.splitlines()))
+    return 2 if isinstance(error, BadUse) else 1
 
 
 def run(arguments: list[str]) -> int:
@@ -267,7 +271,7 @@ def run(arguments: list[str]) -> int:
             code = app([a for a in arguments if a != "--debug"] or ["--help"], prog_name="stkit", standalone_mode=False)
         except (Exception, KeyboardInterrupt) as error:
             if debug:
-                raise
+                traceback.print_exception(error)
             return _failure(error)
     if code == 130:  # newer Typers turn Ctrl-C into this code
         return _failure(KeyboardInterrupt())

@@ -113,8 +113,23 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_the_traceback(capsys, monke
 
     monkeypatch.setattr(stkit, "build_benchmark", fail, raising=False)
     fails(capsys, ["build", "--out", tmp_path / "b"], 1, "ZeroDivisionError", "--debug")
-    with pytest.raises(ZeroDivisionError):
-        cli.run(["build", "--out", str(tmp_path / "b"), "--debug"])
+    assert cli.run(["build", "--out", str(tmp_path / "b"), "--debug"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" in err and "ZeroDivisionError: a bug" in err
+
+
+def test_debug_keeps_the_exit_code(capsys, tmp_path):
+    assert cli.run(["--debug", "build", "--out", str(tmp_path / "b"), "--clips", "0"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_several_lines_is_said_in_one(capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(stkit, "build_benchmark", fail, raising=False)
+    err = fails(capsys, ["build", "--out", tmp_path / "b"], 1, "first line second line")
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):

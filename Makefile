@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 DEMO_CLIPS ?= 40
 TESTS ?= tests
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test notebooks clean
 
 setup: $(VENV)/ready
 
@@ -24,6 +24,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+notebooks: setup   # run them anew and keep the outputs
+	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb && cd solutions && ../../$(BIN)/jupyter execute --inplace *.ipynb
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,62 @@
+"""The notebooks run from top to bottom in a fresh kernel, and what is committed is what they say today."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+EVERY = [pytest.param(p, id=str(p.relative_to(FOLDER))) for p in NOTEBOOKS + SOLUTIONS]
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def said(cell) -> str:
+    """What a cell printed or returned as text (pictures, progress bars and addresses of objects left out)."""
+    texts = [o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs if o.get("name") != "stderr"]
+    shown = re.sub(r"<[^<>]* at 0x[0-9a-f]+>|<Figure[^>]*>|<Axes[^>]*>", "", " ".join(texts))
+    return " ".join(shown.split())  # a kernel cuts what is printed into pieces as it likes
+
+
+def test_the_three_notebooks_and_their_solutions_are_there():
+    names = {p.stem for p in NOTEBOOKS}
+    assert {"00_quickstart", "01_build_a_benchmark", "02_ask_a_model"} <= names == {p.stem for p in SOLUTIONS}
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_committed_outputs_are_whole_counted_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 500_000
+    assert [c.execution_count for c in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    assert not [o for c in code_cells(notebook) for o in c.outputs if o.output_type == "error"]
+    assert all(len(c.source.splitlines()) <= 40 for c in code_cells(notebook))
+    text = json.dumps(notebook)
+    assert "/root/" not in text and "/tmp/" not in text and "/work/" not in text, "a path of the author's machine"
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in NOTEBOOKS])
+def test_a_notebook_opens_in_colab_installs_and_sets_up_first(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert "colab" in notebook.cells[0].source and path.name in notebook.cells[0].source
+    install, start = code_cells(notebook)[:2]
+    assert len(install.source.splitlines()) <= 6 and "pip" in install.source and "constraints" not in install.source
+    assert "setup(seed=0)" in start.source and {"device", "dtype", "attention"} <= set(said(start).split())
+    assert any("Exercise" in c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_it_runs_from_a_fresh_kernel_and_says_what_is_committed(path):
+    committed = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    for before, after in zip(code_cells(committed), code_cells(notebook), strict=True):
+        if "volatile" not in before.metadata.get("tags", []):  # times, versions and an untrained model's rounding may change
+            assert said(after) == said(before), f"run 'make notebooks': this cell says something else now:\n{before.source}"

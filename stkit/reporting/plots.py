@@ -96,8 +96,8 @@ def _rows(ax, labels: list[str], counts: list[str], header: str):
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     for y, text in enumerate(counts):
-        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
-    ax.text(1.02, -0.55, header, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9.5)
+        ax.text(1.05, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
+    ax.text(1.05, -0.55, header, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9.5)
     ax.set_ylabel("")
     ax.tick_params(axis="y", pad=7)  # room for a mark at 0
 

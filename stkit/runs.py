@@ -45,6 +45,7 @@ def explain(error: OSError) -> str:
         errno.ENOENT: "no such file or folder",
         errno.EISDIR: "is a folder, a file was expected",
         errno.ENOTDIR: "a folder was expected",
+        errno.EEXIST: "a file is in the way, a folder was expected",
     }
     return where + fixes.get(error.errno, error.strerror or str(error))
 
@@ -60,6 +61,9 @@ def write_text(path: str | Path, text: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # what the user asked for, not the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -179,7 +183,9 @@ def claim(
         kept = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
         other = differences(kept, settings)
         if other:
-            what = f"{folder} was made with other settings ({'; '.join(other)})"
+            named = [line if len(line) < 120 else line[:117] + "..." for line in other[:6]]
+            named += [f"and {len(other) - 6} more"] * (len(other) > 6)
+            what = f"{folder} was made with other settings ({'; '.join(named)})"
             raise StkitError(f"{what}: choose another --out or delete it")
         return True
     if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):

@@ -24,6 +24,13 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
     assert "seed: 1 -> 2" in text and "model.name: 'tiny' -> 'big'" in text and "bits" not in text and "\n" not in text
 
 
+def test_a_folder_of_quite_another_job_is_refused_in_a_short_line(tmp_path):
+    runs.claim(tmp_path / "r", {f"key{i}": "long " * 100 for i in range(30)})
+    with pytest.raises(StkitError, match="and 25 more") as error:
+        runs.claim(tmp_path / "r", {"clips": 40})
+    assert len(str(error.value)) < 1200 + len(str(tmp_path))
+
+
 def test_what_stands_beside_the_settings_is_kept_and_never_compared(tmp_path):
     assert not runs.claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval a"})
     assert runs.claim(tmp_path / "run", {"seed": 0}, beside={"command": "stkit eval b"})
@@ -70,14 +77,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     runs.write_json(path, {"old": True})
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as error:
         runs.write_json(path, {"new": True})
     assert json.loads(path.read_text()) == {"old": True}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-    assert "disk is full" in runs.explain(error.value)
+    assert runs.explain(error.value).startswith(f"{path}: the disk is full")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:
+        runs.write_text(tmp_path / "file" / "x.html", "page")
+    assert runs.explain(error.value) == f"{tmp_path / 'file'}: a file is in the way, a folder was expected"
 
 
 @pytest.mark.parametrize("code, word", [(errno.EROFS, "read-only"), (errno.EACCES, "permission"), (errno.ENOENT, "no such file")])

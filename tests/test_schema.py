@@ -97,8 +97,18 @@ def test_an_empty_or_missing_file_is_one_clear_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["nonsense", "[\n1,\n2\n]\n", "\x00\n" * 1000])
+def test_a_file_of_something_else_is_one_line_that_names_the_first(tmp_path, text):
+    path = tmp_path / "q.jsonl"
+    path.write_text(text)
+    for skip_bad in (False, True):
+        with pytest.raises(StkitError, match="q.jsonl:1: .*no line of this file is a JSON object") as error:
+            schema.load_questions(path, skip_bad)
+        assert "\n" not in str(error.value)
+
+
 def test_nothing_good_is_an_error_even_with_skip_bad(tmp_path):
-    path = write(tmp_path / "q.jsonl", ["nonsense"])
+    path = write(tmp_path / "q.jsonl", [ROW | {"answer": 9}])
     with pytest.raises(StkitError, match="not one good row"):
         schema.load_questions(path, skip_bad=True)
 

@@ -252,8 +252,11 @@ def _known(row: dict, kind: type) -> dict:
 
 def _checked(path: Path, problem_of: Callable[[object], str], make: Callable[[dict], object]) -> tuple[list, list[str]]:
     """The good rows of a file, made into what they are, and a line for each bad one."""
-    rows, problems, seen = [], [], {}
-    for number, row, problem in read_lines(path):
+    rows, problems, seen, read = [], [], {}, list(read_lines(path))
+    if not any(isinstance(row, dict) for _, row, _ in read):
+        number, row, problem = read[0]
+        raise StkitError(f"{path}:{number}: {problem or problem_of(row)} (no line of this file is a JSON object)")
+    for number, row, problem in read:
         problem = problem or problem_of(row)
         if not problem and row["id"] in seen:
             problem = f"id={row['id']!r} stands in line {seen[row['id']]} too: give each row an id of its own"

@@ -19,6 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/stkit build --out runs/demo-walks-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 0 --split test
+	rm -rf runs/demo
 	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
 	$(BIN)/stkit report runs/demo --out runs/demo/report.html
 

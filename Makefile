@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/stkit build --out runs/demo-walks-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 0 --split test
-	rm -rf runs/demo
+	@grep -qs 'demo-walks-$(DEMO_CLIPS)"' runs/demo/config.json || rm -rf runs/demo   # a demo of another size
 	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
 	$(BIN)/stkit report runs/demo --out runs/demo/report.html
 
@@ -27,7 +27,8 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 notebooks: setup   # run them anew and keep the outputs
-	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb && cd solutions && ../../$(BIN)/jupyter execute --inplace *.ipynb
+	cd notebooks && ../$(BIN)/jupyter execute --NotebookClient.record_timing=False --inplace *.ipynb && \
+	cd solutions && ../../$(BIN)/jupyter execute --NotebookClient.record_timing=False --inplace *.ipynb
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

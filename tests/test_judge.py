@@ -282,6 +282,12 @@ def test_untrained_weights_are_the_first_thing_that_is_said(tmp_path, walks):
     notices = judge.load_run(run).notices
     assert notices[0] == "untrained weights: expect chance"
     assert notices[1].startswith("shuffled control")
+    lines = (run / "predictions.jsonl").read_text().splitlines()
+    failed = json.loads(lines[0]) | {"failed": "gone", "correct": None, "parsed": None}
+    (run / "predictions.jsonl").write_text("\n".join([json.dumps(failed), *lines[1:]]) + "\n")
+    first, second, *_ = judge.load_run(run).notices
+    assert first.startswith("untrained weights: expect chance; 1 of 2 questions failed (50.0 %)")
+    assert second.startswith("shuffled control")
 
 
 def test_questions_edited_since_the_run_are_told(tmp_path, walks):

@@ -14,7 +14,7 @@ from .. import stats
 from ..bench.schema import Benchmark, Prediction, Question, load_benchmark, row_of
 from ..runs import clean, read_json, to_json
 from ..runtime import StkitError
-from .scores import CONTROLS, KINDS, Row, blind_accuracy, correct, groups, join, plain, score
+from .scores import CONTROLS, KINDS, Row, blind_accuracy, correct, failure_notice, groups, join, plain, score
 
 __all__ = ["CONTROLS", "KINDS", "Row", "Run", "compare", "join", "load_run", "score"]
 ANEW = "delete that line and run the same 'stkit eval' again"
@@ -36,10 +36,11 @@ class Run:
 
     @property
     def notices(self) -> list[str]:
-        """What a reader must know before the first figure, weightiest first."""
-        found = ["untrained weights: expect chance"] if self.config.get("model", {}).get("untrained") else []
+        """What a reader must know before the first figure; both of the weightiest stand in the first line."""
+        untrained, failed = self.config.get("model", {}).get("untrained"), failure_notice(self.scores)
+        first = "; ".join(filter(None, ["untrained weights: expect chance" if untrained else "", failed]))
         control = CONTROLS.get(self.config["settings"].get("control"))
-        found += ([control] if control else []) + self.scores["notices"]
+        found = [*filter(None, [first, control]), *(n for n in self.scores["notices"] if n != failed)]
         if self.benchmark.skipped:
             found.append(f"{len(self.benchmark.skipped)} malformed rows were left out")
         if self.changed:

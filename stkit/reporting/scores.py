@@ -142,18 +142,24 @@ def _turn_order(rows: Sequence[Row]) -> dict | None:
     return plain(stats.clustered_interval([float(r.said.extra["turn_order_match"]) for r in told], groups(told)))
 
 
+def failure_notice(scores: dict) -> str:
+    """That more than 1 % of a run's questions failed, "" when they did not."""
+    asked = sum(part["n"] + part["failed"] for part in scores["by_task"].values())
+    if scores["failed"] <= FAILED_SHARE * asked:
+        return ""
+    return (
+        f"{scores['failed']} of {asked} questions failed ({100 * scores['failed'] / asked:.1f} %): the accuracies "
+        "leave them out, the accuracy with failures counted as wrong stands beside"
+    )
+
+
 def _notices(scores: dict, rows: Sequence[Row]) -> list[str]:
     """What a reader must know before the first figure."""
     asked = sum(r.scored or r.failed for r in rows)
     found = []
     if not asked:
         found.append("no question was scored: nothing here is a result")
-    if asked and scores["failed"] > FAILED_SHARE * asked:
-        share = 100 * scores["failed"] / asked
-        found.append(
-            f"{scores['failed']} of {asked} questions failed ({share:.1f} %): the accuracies leave them out, "
-            "the accuracy with failures counted as wrong stands beside"
-        )
+    found += filter(None, [failure_notice(scores)])
     decoded = any(r.said is not None and r.said.mode == "generate" for r in rows)  # else routes are not asked at all
     unanswered = sum(r.said is None and (decoded or not r.question.is_open) for r in rows)
     if unanswered and asked:

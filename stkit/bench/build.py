@@ -126,10 +126,11 @@ def _write(out: Path, manifests: list[dict], made: Preset, settings: dict) -> di
         "by_split": dict(sorted(Counter(row["split"] for row in rows).items())),
         "dropped": dropped,
         "rejected_walks": sum(len(manifest["rejected"]) for manifest in manifests),
-        "hash": benchmark_hash(out),
     }
+    whole = {"hash": benchmark_hash(out)}
     name = f"doom-walks-{made.name}{'-ood' if made.ood else ''}"
     head = {"format_version": FORMAT_VERSION, "name": name, "seed": seed, "split": split, "ood": made.ood}
     watched = {"sampling": made.sampling, "n_frames": made.n_frames}
-    write_json(out / "benchmark.json", head | watched | counts | {"settings": settings, "versions": versions()})
-    return counts
+    made_with = {"counts": counts, "settings": settings, "versions": versions()}
+    write_json(out / "benchmark.json", head | watched | whole | made_with)
+    return counts | whole

@@ -107,7 +107,8 @@ def estimate(clips: int, made: Preset, workers: int = 1) -> str:
     frames = clips * (made.n_frames - 1) * made.event_ticks / 2 / made.ticks_per_frame
     pixels = frames * made.width * made.height
     hours = pixels / (160 * 120) * SECONDS_A_FRAME / workers / 3600
-    return f"about {hours:,.1f} hours on {workers} worker{'s' * (workers != 1)} and {pixels * BYTES_A_PIXEL / 1e9:,.0f} GB of disk"
+    hands, size = f"{workers} worker{'s' * (workers != 1)}", pixels * BYTES_A_PIXEL / 1e9
+    return f"about {hours:,.1f} hours on {hands} and {size:,.0f} GB of disk"
 
 
 def _write(out: Path, manifests: list[dict], made: Preset, settings: dict) -> dict:

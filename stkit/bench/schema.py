@@ -212,7 +212,9 @@ def _form_problem(row, kind: type, texts: tuple[str, ...]) -> str:
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in row]:
         return f"{missing[0]} is missing: every row has {', '.join(required)}"
-    if any("\ud800" <= char <= "\udfff" for char in json.dumps(_known(row, kind), ensure_ascii=False)):
+    try:
+        json.dumps(_known(row, kind), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
         return "half a surrogate pair (\\ud800 to \\udfff) stands in it: UTF-8 can't hold that, write the text anew"
     for name in texts:
         if problem := _text_problem(row, name):

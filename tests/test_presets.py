@@ -46,6 +46,7 @@ def test_unseen_textures_are_for_out_of_distribution_builds_alone():
         ({"resolution": "big"}, "big"),
         ({"textures": ("velvet",)}, "velvet"),
         ({"textures": ()}, "none"),
+        ({"textures": 5}, "5 is unknown"),
         ({"textures": ("stone", "rust")}, "'rust' is for out-of-distribution builds: add --ood"),
         ({"doors": (1, 2)}, "doors"),
     ],

@@ -124,7 +124,7 @@ def _resolution(value) -> tuple[int, int]:
 
 
 def _textures(value, ood: bool) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     known = DRESSINGS + OOD_DRESSINGS * ood
     if unseen := [n for n in names if n in OOD_DRESSINGS and not ood]:
         raise BadUse(f"textures={value!r}: {unseen[0]!r} is for out-of-distribution builds: add --ood (ood=True)")

@@ -1,5 +1,6 @@
 """A LoRA adapter goes on the model that it was made for, whole, and on no other."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -64,7 +65,9 @@ def test_an_adapter_gives_back_the_logits_of_the_model_that_was_saved(lora, load
     folder, expected = lora
     model, _, record = load_model("tiny", adapter=folder)
     assert torch.equal(logits(model), expected) and not torch.equal(expected, logits(loaded.model))
-    assert record["adapter"] == str(folder) and not model.training
+    assert record["adapter"] == str(folder.resolve()) and not model.training
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert record["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_an_adapter_loads_on_a_4_bit_base(lora):

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from ..runs import read_json
 from ..runtime import StkitError, versions
 from . import tiny
+from .cache import content_hash
 from .choose import Choice, choose, memory_gb, one_line
 
 FAMILIES = {
@@ -41,7 +42,8 @@ class Loaded(NamedTuple):
     """What :func:`load_model` returns.
 
     ``record`` is a plain dict for a run's config: name, family, untrained, weights, revision, parameters, context,
-    vocabulary, device, dtype, attention, four_bit, adapter, why (a sentence for each choice) and versions.
+    vocabulary, device, dtype, attention, four_bit, adapter (and its adapter_sha256), why (a sentence for each choice)
+    and versions.
     """
 
     model: Any
@@ -93,9 +95,11 @@ def load_model(
     if adapter is not None:
         from .adapter import load_adapter
 
+        folder = Path(adapter).expanduser()
         with quiet(progress=False):
-            model = load_adapter(model, source.name, Path(adapter), choice.device)
-        record["adapter"] = str(adapter)
+            model = load_adapter(model, source.name, folder, choice.device)
+        record["adapter"] = str(folder.resolve())
+        record["adapter_sha256"] = content_hash(folder / "adapter_model.safetensors")  # one trained on is another
     print(summary(record), file=sys.stderr)
     return Loaded(model, processor, record)
 

@@ -338,10 +338,17 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
         ({"resolution": (85, 56)}, "even"),
         ({"resolution": (1930, 1090)}, "largest picture"),
         ({"weather": "rain"}, "knob 'weather' is unknown"),
+        ({"turns": (12, 12)}, r"nothing can be asked .*\(event not covered by two sampled frames\): ask for fewer"),
     ):
         with pytest.raises(BadUse, match=words):
             make(out, **settings)
     assert not out.exists()
+
+
+def test_walks_without_room_are_refused_before_any_is_filmed(tmp_path):
+    with pytest.raises(StkitError, match="no walk of 2 turns has room for 6 landmarks"):
+        make(tmp_path / "walks", clips=40, turns=(2, 4), landmarks=(3, 6), actions=(0, 5))
+    assert not (tmp_path / "walks").exists()
 
 
 def test_a_million_clips_ask_for_a_yes_with_time_and_size(tmp_path):

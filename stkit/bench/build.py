@@ -27,6 +27,7 @@ from .schema import FORMAT_VERSION, SPLITS, benchmark_hash, row_of
 from .world import screen_resolution
 
 CHUNK = 10  # clips an engine; fixed, since what an engine has shown before a clip can change its frames
+FIRST = 20  # walks that are planned before any is filmed: whether they have room, and questions
 MANY_CLIPS = 20_000  # more than this needs a yes
 SECONDS_A_FRAME, BYTES_A_PIXEL = 0.005, 0.12  # of one core at 160x120 and of the disk, measured on the tiny preset
 
@@ -98,7 +99,11 @@ def _check(clips, seed, preset, ood, split, workers, knobs) -> Preset:
         raise BadUse(f"split {split!r} is unknown: use {', '.join(SPLITS)}")
     made = preset_of(preset, ood, **knobs)
     screen_resolution(made.width, made.height)
-    make_plan(seed, 0, made, split)
+    first = [(str(index), make_plan(seed, index, made, split)) for index in range(min(clips, FIRST))]
+    asked, dropped = make_questions(first, made, seed)
+    if not asked:
+        reasons = ", ".join({reason.split(": ")[1]: 0 for reason in dropped})
+        raise BadUse(f"nothing can be asked about such walks ({reasons}): ask for fewer turns, landmarks or actions")
     return made
 
 

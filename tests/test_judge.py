@@ -214,6 +214,15 @@ def test_two_equal_runs_do_not_differ(tmp_path, walks):
     assert part["low"] < 0 < part["high"]
 
 
+def test_runs_on_one_walk_are_compared_without_a_test(tmp_path, walks):
+    one = [q for q in walks if q.group == "g0"]
+    first, second = (judge.load_run(folder_of(tmp_path, n, c, one)) for n, c in (("a", [True] * 4), ("b", [False] * 4)))
+    (pair,) = judge.compare(first, second)
+    part = pair["by_task"]["direction/forward"]
+    assert (part["difference"], part["clusters"], part["p"], part["p_holm"]) == (-1, 1, None, None)
+    assert pair["overall"]["p"] is None
+
+
 def test_a_run_that_is_better_on_every_walk_differs(tmp_path, walks):
     first = judge.load_run(folder_of(tmp_path, "first", [i % 4 == 0 for i in range(64)], walks))
     second = judge.load_run(folder_of(tmp_path, "second", [i % 4 < 3 for i in range(64)], walks, seed=1))

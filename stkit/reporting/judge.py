@@ -147,6 +147,7 @@ def _paired(first: dict[str, Row], second: dict[str, Row], ids: list[str]) -> di
     a, b = correct([first[i] for i in ids]), correct([second[i] for i in ids])
     clusters = groups([first[i] for i in ids])
     difference = plain(stats.paired_difference(b, a, clusters))
+    testable = len(set(clusters)) > 1  # one cluster can't be exchanged for any other
     return {
         "first": float(a.mean()),
         "second": float(b.mean()),
@@ -154,7 +155,7 @@ def _paired(first: dict[str, Row], second: dict[str, Row], ids: list[str]) -> di
         "second_blind": blind_accuracy([second[i] for i in ids]),
         "difference": difference.pop("mean"),
         **difference,
-        "p": clean(float(stats.permutation_p(b, a, clusters, seed=0))),
+        "p": clean(float(stats.permutation_p(b, a, clusters, seed=0))) if testable else None,
     }
 
 

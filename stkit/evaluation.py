@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from .bench.schema import SPLITS, Benchmark, Prediction, Question, load_benchmar
 from .reporting.scores import CONTROLS as CONTROL_NOTICES
 from .reporting.scores import score
 from .reporting.tables import text_table
-from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, to_json, write_json
+from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, refuse_other, to_json, write_json
 from .runtime import BadUse, StkitError, versions
 from .sampling import sample_indices
 from .vlm.cache import FrameCache, content_hash
@@ -113,7 +112,8 @@ def evaluate(
             run started, a prompt longer than the model's context, a full disk.
     """
     _check({"mode": mode, "control": control, "split": split, "prompt": prompt, "reader": reader},
-           {"seed": seed, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens})  # fmt: skip
+           {"seed": seed, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+            "max_pixels": max_pixels})  # fmt: skip
     benchmark = load_benchmark(bench, skip_bad)
     questions = benchmark.select(split, limit)
     if not questions:
@@ -121,17 +121,17 @@ def evaluate(
         raise StkitError(f"{bench}: no question of split {split!r} (there are {there}): choose another --split")
     sampled = _sampling(benchmark, sampling, frames, fps)
     asked = {"four_bit": four_bit, "device": device, "dtype": dtype, "attention": attention, "adapter": adapter}
-    loaded = _loaded(model, asked)
-    settings = Settings(
-        mode=mode, control=control, seed=seed, **sampled, **_pixels(loaded, max_pixels), reader=reader, prompt=prompt,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    chosen = {"bench": str(Path(bench).resolve()), "model": loaded.record["name"], "split": split, "limit": limit}
-    chosen |= {"blind": blind, "skip_bad": skip_bad}
+    chosen = {"bench": str(Path(bench).resolve()), "split": split, "limit": limit, "blind": blind, "skip_bad": skip_bad}
+    chosen |= {"mode": mode, "control": control, "seed": seed, "reader": reader, "prompt": prompt, **sampled}
+    chosen |= {"max_new_tokens": max_new_tokens}
     out = Path(out if out is not None else tempfile.mkdtemp(prefix="stkit-run-"))
     try:
+        refuse_other(out, chosen, part="settings")  # before a model is loaded
+        loaded = _loaded(model, asked)
+        chosen |= {"model": loaded.record["name"], **_pixels(loaded, max_pixels)}
+        settings = Settings(**{k: chosen[k] for k in Settings.__dataclass_fields__})
         files = _fingerprint(benchmark, questions, with_videos=control != "blind")
-        _start(out, chosen | asdict(settings), loaded.record, files, batch_size)
+        _start(out, chosen, loaded.record, files, batch_size)
         interview = Interview(loaded, settings, batch_size, FrameCache() if cache else None)
         run = _Run(out, benchmark, interview, files["videos"], blind)
         run.ask(questions, progress)
@@ -186,8 +186,6 @@ def _pixels(loaded: Loaded, max_pixels: int | None) -> dict:
     size = loaded.processor.video_processor.size
     if max_pixels is None:
         max_pixels = min(PUBLISHED_MAX_PIXELS, size["longest_edge"])
-    elif max_pixels < 1:
-        raise BadUse(f"max_pixels={max_pixels}: give a positive number, such as 360 * 420 = 151200")
     return {"min_pixels": min(size["shortest_edge"], max_pixels), "max_pixels": max_pixels}
 
 

@@ -158,6 +158,43 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
     return found
 
 
+def refuse_other(
+    folder: str | Path, settings: Mapping, name: str = "config.json", part: str = "", beside: Iterable[str] = ()
+) -> bool:
+    """Refuse a folder of results that were made with other settings, before anything is written or computed.
+
+    Args:
+        settings: what must be equal for the results to belong together.
+        name: the file in the folder that holds them.
+        part: the key under which that file holds ``settings``, of which only those given are compared; "" for all.
+        beside: keys of that file that are not compared.
+
+    Returns:
+        True when earlier work with the same settings is there, False for a fresh folder.
+
+    Raises:
+        StkitError: the folder holds work made with other settings, or files of something else.
+    """
+    folder, settings = Path(folder), json.loads(to_json(settings))
+    if folder.exists() and not folder.is_dir():
+        raise StkitError(f"{folder}: is a file, an output folder was expected")
+    if not (folder / name).exists():
+        if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")
+        return False
+    before = read_json(folder / name)
+    before = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
+    if part:
+        before = before.get(part) if isinstance(before.get(part), dict) else {}
+        before = {k: v for k, v in before.items() if k in settings}
+    if other := differences(before, settings, f"{part}." if part else ""):
+        named = [line if len(line) < 120 else line[:117] + "..." for line in other[:6]]
+        named += [f"and {len(other) - 6} more"] * (len(other) > 6)
+        what = f"{folder} was made with other settings ({'; '.join(named)})"
+        raise StkitError(f"{what}: choose another --out or delete it")
+    return True
+
+
 def claim(
     folder: str | Path, settings: Mapping, name: str = "config.json", beside: Mapping[str, object] | None = None
 ) -> bool:
@@ -176,20 +213,8 @@ def claim(
         StkitError: the folder holds work made with other settings, or files of something else.
     """
     folder, settings, beside = Path(folder), json.loads(to_json(settings)), beside or {}
-    if folder.exists() and not folder.is_dir():
-        raise StkitError(f"{folder}: is a file, an output folder was expected")
-    if (folder / name).exists():
-        before = read_json(folder / name)
-        kept = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
-        other = differences(kept, settings)
-        if other:
-            named = [line if len(line) < 120 else line[:117] + "..." for line in other[:6]]
-            named += [f"and {len(other) - 6} more"] * (len(other) > 6)
-            what = f"{folder} was made with other settings ({'; '.join(named)})"
-            raise StkitError(f"{what}: choose another --out or delete it")
+    if refuse_other(folder, settings, name, beside=tuple(beside)):
         return True
-    if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-        raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / name, settings | dict(beside))
     return False

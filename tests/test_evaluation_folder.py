@@ -189,3 +189,12 @@ def test_cached_frames_change_no_answer_and_are_not_decoded_again(bench, tiny, f
     assert cached.scores == plain.scores == first.scores
     for before, after in zip(lines(plain.out / "predictions.jsonl"), lines(cached.out / "predictions.jsonl"), strict=True):
         assert before | {"seconds": 0} == after | {"seconds": 0}
+
+
+def test_other_settings_are_refused_before_a_model_is_loaded(bench, first, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded for nothing")
+
+    monkeypatch.setattr(evaluation, "load_model", loaded)
+    with pytest.raises(StkitError, match="settings.seed: 0 -> 1"):
+        evaluate(bench, "tiny", first.out, seed=1, progress=False)

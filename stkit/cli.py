@@ -159,13 +159,14 @@ def import_(
 def audit(
     path: Annotated[Path, typer.Argument(help="A benchmark folder, a question file or a released Ego-ST file.")],
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     as_json: AsJson = False,
 ):
     """Try to answer the questions without the video; a benchmark whose text gives the answers away is told apart here."""
     from . import audit as run
 
     with _stdout_for_json_only(as_json):
-        result = run(path, seed=seed)
+        result = run(path, seed=seed, skip_bad=skip_bad)
     print(to_json(result.to_json()) if as_json else result.text())
 
 

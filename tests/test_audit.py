@@ -66,7 +66,7 @@ def test_the_released_rows_are_answered_without_the_video():
     result = audit(released())
     assert result.leaks and result.best["baseline"] == "words"
     assert result.best["accuracy"] > 0.85 and result.best["low"] > 0.75 and 0.26 < result.best["chance"] < 0.28
-    assert result.questions == 503 and result.clusters == 211
+    assert result.questions == 503 and result.clusters == 211 and result.skipped == 1
     letters = {letter: sum(c.get(letter, 0) for c in result.letters.values()) for letter in "ABCD"}
     assert letters["A"] == max(letters.values()) and sum(letters.values()) == 503
 
@@ -283,3 +283,12 @@ def test_what_cannot_be_audited_is_one_line(tmp_path):
         audit_questions([replace(question(0, [], 0), task="route", answer="go straight")])
     with pytest.raises(StkitError, match="two or more"):
         audit_questions([question(n, neutral(rng), 0, group="g") for n in range(4)])
+
+
+def test_bad_rows_stop_an_audit_or_are_counted(tmp_path):
+    questions, _ = plan_questions(10, seed=0)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row_of(q)) + "\n" for q in questions) + '{"id": "half')
+    with pytest.raises(StkitError, match=f"mine.jsonl:{len(questions) + 1}.*--skip-bad"):
+        audit(path)
+    assert audit(path, skip_bad=True).to_json()["skipped"] == 1

@@ -39,6 +39,7 @@ class Audit:
     path: str
     questions: int
     open_ended: int
+    skipped: int
     clusters: int
     results: tuple[dict, ...]
     letters: dict[str, dict[str, int]]
@@ -76,6 +77,7 @@ class Audit:
             "leaks": self.leaks,
             "questions": self.questions,
             "open_ended": self.open_ended,
+            "skipped": self.skipped,
             "clusters": self.clusters,
             "best": self.best,
             "results": list(self.results),
@@ -96,7 +98,7 @@ class Audit:
         lines = [
             f"{told} (one-sided tests, Holm's correction, family level {FAMILY_LEVEL:.0%})",
             f"best blind attack: {best['baseline']}, {best['accuracy']:.1%} where chance is {best['chance']:.1%}",
-            f"{self.questions} questions with options on {self.clusters} clips ({self.open_ended} open-ended left out)",
+            f"{self.questions} questions with options on {self.clusters} clips ({self.open_ended} open-ended and {self.skipped} bad rows left out)",
             "",
         ]
         head = f"{'attack':<28}{'scope':<11}{'accuracy':>9}  {'95 % interval':<15}{'chance':>7}{'n':>7}{'p (Holm)':>10}"
@@ -126,31 +128,35 @@ def _facts(result: Audit) -> list[str]:
     ]
 
 
-def audit(path: str | Path, seed: int = 0) -> Audit:
+def audit(path: str | Path, seed: int = 0, skip_bad: bool = False) -> Audit:
     """Audit a benchmark folder, a question file of the schema, or a released Ego-ST file.
 
     Args:
         path: what to audit; no video is opened.
         seed: of the folds and of ties.
+        skip_bad: go on without malformed rows and count them (the rejected rows of a released file always are).
 
     Raises:
         StkitError: no such file, malformed rows, no question with options, or options on a single clip only.
     """
-    return audit_questions(_questions(Path(path)), seed, str(path))
+    questions, skipped = _questions(Path(path), skip_bad)
+    return audit_questions(questions, seed, str(path), skipped)
 
 
-def _questions(path: Path) -> Sequence[Question]:
+def _questions(path: Path, skip_bad: bool) -> tuple[Sequence[Question], int]:
     if path.is_file():
         try:
             source = read_source(path)
         except StkitError:
             pass  # not a released form: a file of the schema, or malformed, which its reader tells line by line
         else:
-            return [item.question for item in questions_of_source(source)[0]]
-    return load_benchmark(path).questions
+            items, rejected, _ = questions_of_source(source)
+            return [item.question for item in items], len(rejected)
+    benchmark = load_benchmark(path, skip_bad)
+    return benchmark.questions, len(benchmark.skipped)
 
 
-def audit_questions(questions: Sequence[Question], seed: int = 0, path: str = "") -> Audit:
+def audit_questions(questions: Sequence[Question], seed: int = 0, path: str = "", skipped: int = 0) -> Audit:
     """Audit questions in memory; see :func:`audit`."""
     asked = [q for q in questions if q.options]
     if not asked:
@@ -174,6 +180,7 @@ def audit_questions(questions: Sequence[Question], seed: int = 0, path: str = ""
         path=path,
         questions=len(asked),
         open_ended=len(questions) - len(asked),
+        skipped=skipped,
         clusters=len({q.group for q in asked}),
         results=tuple(results),
         letters=_letters(asked),

@@ -242,6 +242,8 @@ def permutation_p(a: Sequence[float], b: Sequence[float], groups: Sequence[Hasha
     codes = _codes(groups, len(a))
     if not len(a):
         return math.nan
+    if codes.max() == 0:  # one cluster: the exchange gives the same difference the other way round
+        return 1.0
     result = stats.permutation_test(
         (np.bincount(codes, a - b),),
         lambda x, axis: x.sum(axis=axis),

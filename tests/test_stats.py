@@ -286,3 +286,7 @@ def test_more_clips_are_needed_for_smaller_differences_and_fewer_when_paired():
 def test_a_count_of_clips_that_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(BadUse, match=next(iter(wrong))):
         stats.clips_needed(**{"difference": 0.1} | wrong)
+
+
+def test_one_cluster_cannot_tell_two_runs_apart():
+    assert stats.permutation_p([1.0, 1.0], [0.0, 0.0], ["g", "g"]) == 1.0

@@ -1,7 +1,7 @@
 """Compile a Triton kernel for a GPU that is not there, and read what it takes.
 
-The compiler, the assembler and the reader of binaries all come with triton's wheel, so registers, spills and shared memory
-of a kernel can be proven on a laptop. Nothing here runs the kernel::
+The compiler, the assembler and the reader of binaries all come with triton's wheel, so registers, spills and shared
+memory of a kernel can be proven on a laptop. Nothing here runs the kernel::
 
     facts = compile_kernel(kernel, {"x": "*fp16", "n": "i32"}, {"BLOCK": 128}, capability=80, divisible=("x",))
     facts.registers, facts.spill_bytes, facts.shared_bytes
@@ -30,8 +30,8 @@ class CompiledFacts:
 
     Attributes:
         registers: of a thread; 255 is the most there can be.
-        spill_bytes: stack and local memory of a thread. Our kernels have no arrays of their own, so all of it is registers
-            that did not fit.
+        spill_bytes: stack and local memory of a thread. Our kernels have no arrays of their own, so all of it is
+            registers that did not fit.
         shared_bytes: shared memory of a block.
         capability: compute capability without its dot, 80 for sm_80.
     """
@@ -55,13 +55,13 @@ def compile_kernel(
 
     Args:
         fn: a function under ``triton.jit``.
-        signature: argument name to Triton's type, ``"*fp16"`` a pointer, ``"i32"`` an integer; constexprs may be left out.
+        signature: argument name to Triton's type, ``"*fp16"`` a pointer, ``"i32"`` an integer, without constexprs.
         constexprs: argument name to value.
         capability: one of ``CAPABILITIES``.
         num_warps: warps of a block.
         num_stages: loads in flight in a pipelined loop.
-        divisible: arguments whose value is a multiple of 16. Triton's launcher finds out by itself (torch's allocations all
-            are); here they must be named, or loads stay narrow and the registers are not those of a real run.
+        divisible: arguments whose value is a multiple of 16. Triton's launcher finds out by itself (torch's
+            allocations all are); here they must be named, or loads stay narrow and the registers are not a real run's.
 
     Raises:
         ValueError: another capability, an argument missing or unknown, or triton's interpreter switched on.

@@ -1,0 +1,217 @@
+"""The bridge from Transformers' Qwen-VL to attention over a tree: one forward pass over packed trees.
+
+Transformers computes everything but the attention, on a view of the model whose layers call ours. It gets the positions
+of each branch, the video's features once, and no mask::
+
+    packed = pack_for(model, [tree], [video])
+    plan = TreeAttention(packed.end, model)
+    hidden = tree_forward(model, packed, [features], plan)      # (T, E)
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+
+import torch
+from stkit_kernels.backends import choose_backend
+from stkit_kernels.cascade import cascade_attention
+from stkit_kernels.plan import plan_tree
+from torch import nn
+from transformers import AttentionInterface
+
+from ..runtime import StkitError
+from .tree import Packed, Tree, pack
+from .video import VideoInputs
+from .views import active, base_model, view
+
+NAME = "stkit_tree"  # a name with "flash" in it would be looked for on the hub
+
+
+class TreeAttention:
+    """Attention over one packed tree: planned once, called by every layer.
+
+    Args:
+        end: int64 ``(T,)``, of :class:`stkit.vlm.tree.Packed`.
+        model: gives device, dtype and head size.
+        backend: "auto" or a name of :data:`stkit_kernels.backends.NAMES`.
+
+    Raises:
+        StkitError: the backend cannot be used here, with the reason.
+    """
+
+    def __init__(self, end: torch.Tensor, model, backend: str = "auto"):
+        base = base_model(model)
+        weight = base.get_input_embeddings().weight
+        config = base.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        try:
+            self.backend = choose_backend(weight.device, weight.dtype, size, backend)
+        except ValueError as error:
+            raise StkitError(str(error)) from error
+        self.plan = plan_tree(end.to(weight.device))
+
+    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """Shapes ``(1, H, T, D)`` and ``(1, KV, T, D)``; returns ``(1, H, T, D)``."""
+        return cascade_attention(query, key, value, self.plan, scale, self.backend)
+
+
+def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **_):
+    """What Transformers' layers call: ``tree`` is whatever has an ``attend``."""
+    return tree.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _interface)
+
+
+def pack_for(
+    model, trees: Sequence[Tree], videos: Sequence[VideoInputs | None], context: int | None = None
+) -> Packed:
+    """Trees packed with the M-RoPE positions that the model's own ``get_rope_index`` gives each of their paths.
+
+    Args:
+        trees: roots; video tokens stand in roots only.
+        videos: one for each tree, None for a tree without.
+        context: tokens from a root to a leaf at most; None for what the model's configuration says.
+
+    Raises:
+        StkitError: video tokens outside of a root, or another number of them than the video has; a path too long.
+    """
+    base = base_model(model)
+    if len(trees) != len(videos):
+        raise StkitError(f"{len(trees)} trees and {len(videos)} videos: give one video, or None, for each tree")
+    pad, known = base.config.video_token_id, base.config.get_text_config().vocab_size
+    for tree in trees:
+        for node, parent in tree.walk():
+            if max(node.ids) >= known:
+                raise StkitError(f"branch {node.name!r} holds the id {max(node.ids)}: the vocabulary has {known}")
+            if parent is not None and pad in node.ids:
+                raise StkitError(f"branch {node.name!r} holds video tokens: a video stands in the root of its tree")
+    positions = [_root_positions(base, tree, video) for tree, video in zip(trees, videos)]
+    return pack(trees, positions, context or base.config.get_text_config().max_position_embeddings)
+
+
+def _root_positions(base, root: Tree, video: VideoInputs | None) -> torch.Tensor | None:
+    """``(3, P + 1)``: of the root's tokens and of a text token after them, as Transformers counts."""
+    pad = base.config.video_token_id
+    count, merge = root.ids.count(pad), base.config.vision_config.spatial_merge_size
+    wanted = 0 if video is None else int(video.grid_thw.prod()) // merge**2
+    if count != wanted:
+        grid = "no video" if video is None else f"a video of {wanted} tokens (grid {video.grid_thw.tolist()})"
+        raise StkitError(f"branch {root.name!r} holds {count} video tokens and comes with {grid}: build both from one video")
+    if video is None:
+        return None
+    ids = torch.tensor([[*root.ids, 0 if pad else 1]])
+    kinds = (ids == pad).long() * 2
+    timing = {}
+    if base.config.model_type == "qwen2_5_vl":  # the only family that counts time in its positions
+        timing["second_per_grid_ts"] = torch.tensor([video.second_per_grid_s])
+    return base.model.get_rope_index(ids, kinds, video_grid_thw=video.grid_thw[None].cpu(), **timing)[0][:, 0]
+
+
+def tree_forward(model, packed: Packed, features: Sequence, tree) -> torch.Tensor:
+    """The last hidden states of packed trees.
+
+    Args:
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL of Transformers, or a peft model around it.
+        packed: T tokens, from :func:`pack_for`.
+        features: of each tree's video, from :func:`stkit.vlm.vision.encode_video`; None for a tree without.
+        tree: a :class:`TreeAttention`, or anything with its ``attend``.
+
+    Returns:
+        ``(T, E)`` in the model's dtype, after the final norm. Gradient checkpointing works as it does without trees.
+
+    Raises:
+        StkitError: dropout is active; a hidden state is not finite (says where that began); out of memory.
+    """
+    base = base_model(model)
+    refuse_dropout(model)
+    device = base.get_input_embeddings().weight.device
+    inputs = {"input_ids": packed.ids[None].to(device), "position_ids": packed.position[:, None].to(device)}
+    if (joined := _joined(features)) is not None:
+        inputs["mm_encoder_outputs"] = {"video": joined}
+    core = view(base.model, language_model=_with_tree_attention(active(base.model.language_model)))
+    try:
+        hidden = core(**inputs, use_cache=False, tree=tree).last_hidden_state[0]
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise _explained(error, packed) from error
+    if not torch.isfinite(hidden).all():
+        raise StkitError(_where_not_finite(core, inputs, tree, packed))
+    return hidden
+
+
+def _with_tree_attention(language: nn.Module) -> nn.Module:
+    """A view of the language model whose layers attend by :data:`NAME`."""
+    config = copy.copy(language.config)
+    config._attn_implementation_internal = NAME
+    layers = []
+    for layer in language.layers:
+        attention = view(layer.self_attn)
+        attention.config = config
+        layers.append(view(layer, self_attn=attention))
+    seen = view(language, layers=nn.ModuleList(layers))
+    seen.config = config
+    return seen
+
+
+def _joined(features: Sequence):
+    """The features of several videos as if the tower had run on all of them at once (None for none)."""
+    there = [f for f in features if f is not None]
+    if not there:
+        return None
+    values = {"pooler_output": sum((tuple(f.pooler_output) for f in there), ())}
+    if getattr(there[0], "deepstack_features", None) is not None:
+        values["deepstack_features"] = [sum(map(tuple, level), ()) for level in zip(*(f.deepstack_features for f in there))]
+    return type(there[0])(**values)
+
+
+def refuse_dropout(model) -> None:
+    """Raise StkitError where dropout is active: the branches of a tree share one mask, so nothing would be exact."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise StkitError(f"{name} drops out with p={module.p}: set it to 0 (lora_dropout=0), or call model.eval()")
+        rate = getattr(module, "attention_dropout", 0)
+        if module.training and isinstance(rate, float) and rate > 0:
+            raise StkitError(f"{name} has attention_dropout={rate}: set it to 0, or call model.eval()")
+
+
+def _explained(error: Exception, packed: Packed) -> Exception:
+    """Out of memory in words that help; any other error as it is."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+        return error
+    plan = f"{len(packed)} tokens in {len(packed.nodes)} branches were to be computed at once"
+    return StkitError(
+        f"out of memory: {plan}: lower max_tokens, frames or max_pixels, ask for fewer rollouts, or switch gradient "
+        f"checkpointing on ({' '.join(text.split())[:120]})"
+    )
+
+
+def _where_not_finite(core, inputs: dict, tree, packed: Packed) -> str:
+    """Run once more without a graph and find the first part of the model whose output isn't finite."""
+    found: list[tuple[str, int]] = []
+
+    def look(name, module, _, output):
+        rows = (output[0] if isinstance(output, tuple) else output).detach()
+        bad = ~torch.isfinite(rows.reshape(-1, rows.shape[-1])).all(-1)
+        if not found and bad.any():
+            found.append((name, int(bad.nonzero()[0])))
+
+    language = core.language_model
+    parts = {"the token embeddings": language.embed_tokens}
+    parts |= {f"layer {k}": layer for k, layer in enumerate(language.layers)} | {"the final norm": language.norm}
+    hooks = [part.register_forward_hook(functools.partial(look, name)) for name, part in parts.items()]
+    try:
+        with torch.no_grad():
+            core(**inputs, use_cache=False, tree=tree)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return "a hidden state is not finite, but was when computed again: the inputs or weights change meanwhile"
+    name, token = found[0]
+    node = next((n.name or f"node {k}" for k, (n, s) in enumerate(zip(packed.nodes, packed.slices)) if token < s.stop), "")
+    dtype = str(language.norm.weight.dtype).removeprefix("torch.")
+    return (
+        f"a hidden state is not finite, first after {name} at token {token} ({node!r}), in {dtype}: look for NaN in the "
+        "weights or features, or use bfloat16 or float32 if it is float16"
+    )

@@ -242,6 +242,16 @@ def test_the_next_tokens_after_each_prompt_are_those_of_the_prompt_alone(family)
         assert (row - torch.log_softmax(logits[0, -1], -1)[asked]).abs().max() < 1e-5
 
 
+def test_a_video_token_that_was_sampled_is_a_token_like_any_other():
+    """Untrained models sample them; Transformers would look for another video."""
+    video, tree = pairs("qwen2_5_vl")[0]
+    model = model_of("qwen2_5_vl")
+    plain = tree_logps(model, tree, video).log_probs
+    tree.branch([model.config.video_token_id, 7], weight=1.0)
+    found = tree_logps(model, tree, video).log_probs
+    assert torch.allclose(found[:-2], plain, atol=1e-6) and (found[-2:] < 0).all()
+
+
 def test_the_model_is_left_as_it_was():
     video, tree = pairs("qwen2_5_vl")[0]
     model = model_of("qwen2_5_vl")
@@ -288,6 +298,13 @@ def test_out_of_memory_says_what_the_plan_was_and_what_to_lower(monkeypatch):
         tree_logps(model, tree, video)
 
 
+def split_in_the_video(model, tree) -> Tree:
+    middle = tree.ids.index(model.config.video_token_id) + 10
+    half = Tree(tree.ids[:middle], name="half")
+    half.branch(tree.ids[middle:])
+    return half
+
+
 def with_head_adapter(model):
     return get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"])).eval()
 
@@ -298,7 +315,7 @@ def with_head_adapter(model):
         (lambda m, t, v: (m, t, None), "holds 24 video tokens and comes with no video"),
         (lambda m, t, v: (m, Tree([1, 2], name="root"), v), "'root' holds 0 video tokens and comes with a video of 24"),
         (lambda m, t, v: (m, [t], [v, v]), "1 trees and 2 videos"),
-        (lambda m, t, v: (m, t.branch([1]) and t.branch([m.config.video_token_id], name="late") and t, v), "'late'"),
+        (lambda m, t, v: (m, split_in_the_video(m, t), v), "'half' holds 10 video tokens and comes with a video of 24"),
         (lambda m, t, v: (m, t.branch([10**6], name="big") and t, v), "'big' holds the id 1000000: the vocabulary has"),
         (lambda m, t, v: (m, t.branch([1] * 5000, name="long") and t, v), "the model's context is 4096"),
         (lambda m, t, v: (nn.Linear(2, 2), t, v), "Linear is no Qwen-VL"),

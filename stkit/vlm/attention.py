@@ -69,23 +69,21 @@ def pack_for(
     """Trees packed with the M-RoPE positions that the model's own ``get_rope_index`` gives each of their paths.
 
     Args:
-        trees: roots; video tokens stand in roots only.
+        trees: their roots; a root holds all tokens of its video.
         videos: one for each tree, None for a tree without.
         context: tokens from a root to a leaf at most; None for what the model's configuration says.
 
     Raises:
-        StkitError: video tokens outside of a root, or another number of them than the video has; a path too long.
+        StkitError: a root with another number of video tokens than its video has; a path too long; an unknown token.
     """
     base = base_model(model)
     if len(trees) != len(videos):
         raise StkitError(f"{len(trees)} trees and {len(videos)} videos: give one video, or None, for each tree")
-    pad, known = base.config.video_token_id, base.config.get_text_config().vocab_size
+    known = base.config.get_text_config().vocab_size
     for tree in trees:
-        for node, parent in tree.walk():
+        for node, _ in tree.walk():
             if max(node.ids) >= known:
                 raise StkitError(f"branch {node.name!r} holds the id {max(node.ids)}: the vocabulary has {known}")
-            if parent is not None and pad in node.ids:
-                raise StkitError(f"branch {node.name!r} holds video tokens: a video stands in the root of its tree")
     positions = [_root_positions(base, tree, video) for tree, video in zip(trees, videos)]
     return pack(trees, positions, context or base.config.get_text_config().max_position_embeddings)
 
@@ -123,24 +121,44 @@ def tree_forward(model, packed: Packed, features: Sequence, tree) -> torch.Tenso
     Raises:
         StkitError: dropout is active; a hidden state is not finite (says where that began); out of memory.
     """
-    base = base_model(model)
     refuse_dropout(model)
-    device = base.get_input_embeddings().weight.device
-    inputs = {"input_ids": packed.ids[None].to(device), "position_ids": packed.position[:, None].to(device)}
-    if (joined := _joined(features)) is not None:
-        inputs["mm_encoder_outputs"] = {"video": joined}
-    core = view(base.model, language_model=_with_tree_attention(active(base.model.language_model)))
+    language = with_tree_attention(model)
+    device = language.norm.weight.device
+    inputs = _embedded(model, packed, features) | {"position_ids": packed.position[:, None].to(device)}
     try:
-        hidden = core(**inputs, use_cache=False, tree=tree).last_hidden_state[0]
+        hidden = language(**inputs, use_cache=False, tree=tree).last_hidden_state[0]
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise _explained(error, packed) from error
     if not torch.isfinite(hidden).all():
-        raise StkitError(_where_not_finite(core, inputs, tree, packed))
+        raise StkitError(_where_not_finite(language, inputs, tree, packed))
     return hidden
 
 
-def _with_tree_attention(language: nn.Module) -> nn.Module:
-    """A view of the language model whose layers attend by :data:`NAME`."""
+def _embedded(model, packed: Packed, features: Sequence) -> dict:
+    """Token embeddings ``(1, T, E)`` with the videos' features in the roots, and what DeepStack adds to deeper layers."""
+    base = base_model(model)
+    embedding = base.get_input_embeddings()
+    ids = packed.ids.to(embedding.weight.device)
+    values = embedding(ids[None])[0]
+    there = [f for f in features if f is not None]
+    if not there:
+        return {"inputs_embeds": values[None]}
+    seen = torch.zeros(len(packed), dtype=torch.bool, device=ids.device)
+    for piece, parent in zip(packed.slices, packed.parents):
+        if parent < 0:  # a video token that a branch holds was sampled, and is a token like any other
+            seen[piece] = ids[piece] == base.config.video_token_id
+    shown = torch.cat([part for f in there for part in f.pooler_output]).to(values)
+    found = {"inputs_embeds": values.index_copy(0, seen.nonzero().flatten(), shown)[None]}
+    if getattr(there[0], "deepstack_features", None) is not None:
+        levels = zip(*(f.deepstack_features for f in there))
+        found["deepstack_visual_embeds"] = [torch.cat([part for f in level for part in f]) for level in levels]
+        found["visual_pos_masks"] = seen[None]
+    return found
+
+
+def with_tree_attention(model) -> nn.Module:
+    """A view of the model's language part whose layers attend by :data:`NAME`; called with ``tree=``."""
+    language = active(base_model(model).model.language_model)
     config = copy.copy(language.config)
     config._attn_implementation_internal = NAME
     layers = []
@@ -151,17 +169,6 @@ def _with_tree_attention(language: nn.Module) -> nn.Module:
     seen = view(language, layers=nn.ModuleList(layers))
     seen.config = config
     return seen
-
-
-def _joined(features: Sequence):
-    """The features of several videos as if the tower had run on all of them at once (None for none)."""
-    there = [f for f in features if f is not None]
-    if not there:
-        return None
-    values = {"pooler_output": sum((tuple(f.pooler_output) for f in there), ())}
-    if getattr(there[0], "deepstack_features", None) is not None:
-        values["deepstack_features"] = [sum(map(tuple, level), ()) for level in zip(*(f.deepstack_features for f in there))]
-    return type(there[0])(**values)
 
 
 def refuse_dropout(model) -> None:
@@ -186,7 +193,7 @@ def _explained(error: Exception, packed: Packed) -> Exception:
     )
 
 
-def _where_not_finite(core, inputs: dict, tree, packed: Packed) -> str:
+def _where_not_finite(language, inputs: dict, tree, packed: Packed) -> str:
     """Run once more without a graph and find the first part of the model whose output isn't finite."""
     found: list[tuple[str, int]] = []
 
@@ -196,13 +203,12 @@ def _where_not_finite(core, inputs: dict, tree, packed: Packed) -> str:
         if not found and bad.any():
             found.append((name, int(bad.nonzero()[0])))
 
-    language = core.language_model
-    parts = {"the token embeddings": language.embed_tokens}
-    parts |= {f"layer {k}": layer for k, layer in enumerate(language.layers)} | {"the final norm": language.norm}
+    parts = {f"layer {k}": layer for k, layer in enumerate(language.layers)} | {"the final norm": language.norm}
+    look("the token embeddings", None, None, inputs["inputs_embeds"])
     hooks = [part.register_forward_hook(functools.partial(look, name)) for name, part in parts.items()]
     try:
         with torch.no_grad():
-            core(**inputs, use_cache=False, tree=tree)
+            language(**inputs, use_cache=False, tree=tree)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,189 @@
+"""Keys and values of a tree, each stored once, and of the rollouts that grow from its nodes.
+
+While the prompts are computed the cache attends by the cascade and keeps each node's keys and values. While rollouts are
+decoded, one token each at a time, a query meets the keys of every node on its path (shared with all rollouts there) and
+those of its own rollout; the parts are merged by their log-sum-exp. Nothing is copied for a group and nothing grows:
+rollouts have their room from the start, and those that have ended leave it to the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from stkit_kernels.cascade import merge
+
+from .attention import TreeAttention
+from .tree import Packed
+
+ALIKE = 0.5  # nodes share a batch down to this share of its longest
+
+
+@dataclass
+class Shelf:
+    """Nodes of one depth and like length, and the keys and values of every layer of them.
+
+    nodes: their numbers. rows: int64 ``(n, L)``, their tokens in the packed tree, the last one repeated as filling.
+    mask: float32 ``(n, 1, 1, L)``, minus infinity on filling, or None. keys, values: by layer, ``(n, KV, L, D)``.
+    index: int64 ``(n, R')``, the rollouts that see each node, filled up too. real: which of ``index`` are no filling.
+    """
+
+    nodes: list[int]
+    rows: torch.Tensor
+    mask: torch.Tensor | None
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    index: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+    def seat(self, beneath: list[list[int]], total: int) -> None:
+        """Say which of ``total`` rollouts see each node."""
+        widest = max(map(len, beneath))
+        filled = [[*rows, *[rows[-1] if rows else 0] * (widest - len(rows))] for rows in beneath]
+        kept = [[k < len(rows) for k in range(widest)] for rows in beneath]
+        every = len(beneath) == 1 and filled[0] == list(range(total))
+        self.index = None if every else torch.tensor(filled, dtype=torch.long, device=self.rows.device)
+        self.real = None if every else torch.tensor(kept, device=self.rows.device).flatten().nonzero().flatten()
+
+
+class TreeCache:
+    """What the layers attend to while a tree is computed and while R rollouts are decoded from its nodes.
+
+    Args:
+        packed: T tokens in N nodes. ends: for each rollout the node that it goes on from, in packed order.
+        attention: the cascade over the same tree.
+        max_new_tokens: the most that a rollout can have.
+    """
+
+    def __init__(self, packed: Packed, ends: Sequence[int], attention: TreeAttention, max_new_tokens: int):
+        self.packed, self.ends, self.attention = packed, list(ends), attention
+        self.room, self.step, self.decoding = max_new_tokens, 0, False
+        self.shelves = _shelves(packed, self.ends, attention.plan.end.device)
+        self.keys: list[torch.Tensor] = []  # of the rollouts, by layer: (R, KV, max_new_tokens, D)
+        self.values: list[torch.Tensor] = []
+        self._seat()
+
+    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """The tree's tokens ``(1, H, T, D)``, or one token a rollout ``(R, H, 1, D)``."""
+        if self.decoding:
+            return self._decode(layer, query, key, value, scale)
+        self._keep(key, value)
+        return self.attention.attend(layer, query, key, value, scale)
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values, the rollouts' room included."""
+        stored = [x for shelf in self.shelves for x in (*shelf.keys, *shelf.values)] + self.keys + self.values
+        return sum(x.numel() * x.element_size() for x in stored)
+
+    def start(self) -> None:
+        """The tree is computed: from here on rollouts are decoded."""
+        self.decoding = True
+
+    def advance(self) -> None:
+        """A token of each rollout is stored in every layer."""
+        self.step += 1
+
+    def keep(self, alive: Sequence[int]) -> None:
+        """Go on with the rollouts in these places (ascending); the others leave."""
+        places = torch.tensor(alive, dtype=torch.long, device=self.shelves[0].rows.device)
+        for rooms in (self.keys, self.values):
+            for layer, room in enumerate(rooms):
+                room[: len(alive), :, : self.step] = room[places, :, : self.step]
+                rooms[layer] = room[: len(alive)]
+        self.ends = [self.ends[place] for place in alive]
+        self._seat()
+
+    def _seat(self) -> None:
+        beneath: list[list[int]] = [[] for _ in self.packed.nodes]
+        for row, end in enumerate(self.ends):
+            for node in self.packed.ancestry(end):
+                beneath[node].append(row)
+        for shelf in self.shelves:
+            shelf.seat([beneath[node] for node in shelf.nodes], len(self.ends))
+
+    def _keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the keys and values ``(1, KV, T, D)`` of a layer, each once, and make room for the rollouts'."""
+        for shelf in self.shelves:
+            count, length = shelf.rows.shape
+            for stored, x in ((shelf.keys, key), (shelf.values, value)):
+                taken = x[0][:, shelf.rows.flatten()].unflatten(1, (count, length))
+                stored.append(taken.transpose(0, 1).contiguous())
+        shape = (len(self.ends), key.shape[1], self.room, key.shape[3])
+        for rooms in (self.keys, self.values):
+            rooms.append(torch.empty(shape, dtype=key.dtype, device=key.device))
+
+    def _decode(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        rollouts, heads, _, size = query.shape
+        kv, length = key.shape[1], self.step + 1
+        self.keys[layer][:, :, self.step] = key[:, :, 0]
+        self.values[layer][:, :, self.step] = value[:, :, 0]
+        folded = query.reshape(rollouts, kv, heads // kv, size)  # heads that share keys are rows of one product
+        own = (room[layer][:, :, :length] for room in (self.keys, self.values))
+        out, lse = attend_small(folded, *own, None, scale)
+        for shelf in self.shelves:
+            if shelf.index is not None and not shelf.index.numel():
+                continue  # all that saw these nodes have ended
+            _merge_shelf(out, lse, folded, shelf, layer, scale)
+        return out.reshape(rollouts, heads, 1, size).to(query.dtype)
+
+
+def attend_small(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of few queries: ``(n, KV, M, D)`` on ``(n, KV, L, D)``; output and log-sum-exp ``(n, KV, M)`` in float32.
+
+    Two matrix products: at a handful of queries a key block's scores are small, and no primitive is faster.
+    """
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores += mask
+    top = scores.amax(-1, keepdim=True)
+    scores.sub_(top).exp_()
+    total = scores.sum(-1, keepdim=True)
+    return (scores.to(v.dtype) @ v).float() / total, (top + total.log())[..., 0]
+
+
+def _merge_shelf(out, lse, folded, shelf: Shelf, layer: int, scale: float) -> None:
+    """Merge the part of the softmax that is on a shelf's keys into ``out (R, KV, g, D)`` and ``lse (R, KV, g)``."""
+    count, kv, groups = shelf.rows.shape[0], folded.shape[1], folded.shape[2]
+    if count == 1 and shelf.index is None:
+        queries = folded.transpose(0, 1).flatten(1, 2)[None]
+    else:
+        queries = folded[shelf.index].transpose(1, 2).flatten(2, 3)
+    part, part_lse = attend_small(queries, shelf.keys[layer], shelf.values[layer], shelf.mask, scale)
+    part = part.unflatten(2, (-1, groups)).transpose(1, 2).flatten(0, 1)
+    part_lse = part_lse.unflatten(2, (-1, groups)).transpose(1, 2).flatten(0, 1)
+    if shelf.index is None:
+        merge(out, lse, part, part_lse)
+        return
+    places = shelf.index.flatten()[shelf.real]
+    rows, rows_lse = out[places], lse[places]
+    merge(rows, rows_lse, part[shelf.real], part_lse[shelf.real])
+    out[places], lse[places] = rows, rows_lse
+
+
+def _shelves(packed: Packed, ends: Sequence[int], device: torch.device) -> list[Shelf]:
+    """The nodes on the rollouts' paths, by depth and length."""
+    used = {node for end in set(ends) for node in packed.ancestry(end)}
+    by_depth: dict[int, list[int]] = {}
+    for node in sorted(used):
+        by_depth.setdefault(len(packed.ancestry(node)), []).append(node)
+    groups: list[list[int]] = []
+    lengths = [piece.stop - piece.start for piece in packed.slices]
+    for nodes in by_depth.values():
+        nodes = sorted(nodes, key=lambda k: -lengths[k])
+        groups.append([])
+        for node in nodes:
+            if groups[-1] and lengths[node] < ALIKE * lengths[groups[-1][0]]:
+                groups.append([])
+            groups[-1].append(node)
+    return [_shelf(packed, sorted(group), lengths, device) for group in groups]
+
+
+def _shelf(packed: Packed, nodes: list[int], lengths: Sequence[int], device: torch.device) -> Shelf:
+    longest = max(lengths[node] for node in nodes)
+    starts = torch.tensor([packed.slices[node].start for node in nodes])[:, None]
+    last = torch.tensor([lengths[node] for node in nodes])[:, None] - 1
+    offsets = torch.arange(longest)[None]
+    mask = None
+    if bool((offsets > last).any()):
+        mask = torch.zeros(len(nodes), longest).masked_fill(offsets > last, float("-inf"))[:, None, None].to(device)
+    return Shelf(nodes, (starts + offsets.minimum(last)).to(device), mask, [], [])

@@ -181,7 +181,8 @@ def eval_(
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N questions.")] = None,
     seed: Seed = 0,
     blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Ask everything without frames too.")] = True,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Questions at a time; results don't depend on it.")] = 8,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Questions of a clip asked and saved together (all without it).")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of a clip's tree computed at once: bounds the memory.")] = 16_384,
     sampling: Annotated[str | None, typer.Option("--sampling", help="published, uniform or fps.")] = None,
     frames: Annotated[int | None, typer.Option("--frames", help="Frames for uniform sampling, even.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames a second for fps sampling.")] = None,
@@ -203,7 +204,7 @@ def eval_(
     with _stdout_for_json_only(as_json):
         result = evaluate(
             bench, model=model, out=out, mode=mode.value, control=control.value, split=split and split.value, limit=limit,
-            seed=seed, blind=blind, batch_size=batch_size, sampling=sampling, frames=frames, fps=fps, max_pixels=max_pixels,
+            seed=seed, blind=blind, batch_size=batch_size, max_tokens=max_tokens, sampling=sampling, frames=frames, fps=fps, max_pixels=max_pixels,
             max_new_tokens=max_new_tokens, prompt=prompt, four_bit=four_bit, device=device, dtype=dtype,
             attention=attention, adapter=adapter, skip_bad=skip_bad, cache=cache,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from .reporting.tables import text_table
 from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, refuse_other, to_json, write_json
 from .runtime import BadUse, StkitError, versions
 from .sampling import sample_indices
+from .vlm.ask import MAX_TOKENS
 from .vlm.cache import FrameCache, content_hash
 from .vlm.controls import CONTROLS
 from .vlm.interview import BLIND, Interview, Settings, Shown
@@ -61,7 +62,8 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     blind: bool = True,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    max_tokens: int = MAX_TOKENS,
     sampling: str | None = None,
     frames: int | None = None,
     fps: float | None = None,
@@ -92,7 +94,9 @@ def evaluate(
         split, limit: only that split, only the first questions.
         seed: of the "shuffled" control.
         blind: ask everything without frames too (letter mode), so that no accuracy stands alone.
-        batch_size: questions at a time; results don't depend on it.
+        batch_size: questions of a clip that are asked and saved together; None for all. Results don't depend on it.
+        max_tokens: of a tree (a video with the questions on it) that is computed at once, which bounds the memory; results
+            don't depend on it.
         sampling, frames, fps: as in :func:`stkit.sampling.sample_indices`; None for what the benchmark records, else 32
             uniform ones.
         max_pixels: of a frame; None for 360 * 420, or what the model's processor takes if that is less.
@@ -113,6 +117,7 @@ def evaluate(
     """
     _check({"mode": mode, "control": control, "split": split, "prompt": prompt, "reader": reader},
            {"seed": seed, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+            "max_tokens": max_tokens,
             "max_pixels": max_pixels})  # fmt: skip
     benchmark = load_benchmark(bench, skip_bad)
     questions = benchmark.select(split, limit)
@@ -131,9 +136,9 @@ def evaluate(
         chosen |= {"model": loaded.record["name"], **_pixels(loaded, max_pixels)}
         settings = Settings(**{k: chosen[k] for k in Settings.__dataclass_fields__})
         files = _fingerprint(benchmark, questions, with_videos=control != "blind")
-        _start(out, chosen, loaded.record, files, batch_size)
-        interview = Interview(loaded, settings, batch_size, FrameCache() if cache else None)
-        run = _Run(out, benchmark, interview, files["videos"], blind)
+        _start(out, chosen, loaded.record, files, {"batch_size": batch_size, "max_tokens": max_tokens})
+        interview = Interview(loaded, settings, max_tokens, FrameCache() if cache else None)
+        run = _Run(out, benchmark, interview, files["videos"], blind, batch_size)
         run.ask(questions, progress)
         scores = _scores(run, questions, loaded.record, settings.control, benchmark)
         write_json(out / "scores.json", scores)
@@ -201,7 +206,7 @@ def _fingerprint(benchmark: Benchmark, questions: Sequence[Question], with_video
     return {"questions": rows, "videos": videos}
 
 
-def _start(out: Path, settings: dict, record: dict, files: dict, batch_size: int) -> None:
+def _start(out: Path, settings: dict, record: dict, files: dict, sizes: dict) -> None:
     """Claim the run's folder; refuse files that changed since it was started, by name."""
     recorded = out / "files.json"
     if recorded.exists():
@@ -217,7 +222,7 @@ def _start(out: Path, settings: dict, record: dict, files: dict, batch_size: int
     digest = hashlib.sha256(to_json(files).encode()).hexdigest()
     counts = {part: len(files[part]) for part in files}
     compared = {"settings": settings, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
-    beside = {"command": shlex.join(sys.argv), "batch_size": batch_size, "why": record.get("why", {})}
+    beside = {"command": shlex.join(sys.argv), **sizes, "why": record.get("why", {})}
     beside["platform"] = versions()["platform"]
     claim(out, compared, beside=beside)
     if not recorded.exists():
@@ -227,8 +232,10 @@ def _start(out: Path, settings: dict, record: dict, files: dict, batch_size: int
 class _Run:
     """A run under way: what is on disk already, and what is still to be asked."""
 
-    def __init__(self, out: Path, benchmark: Benchmark, interview: Interview, videos: dict[str, str], blind: bool):
-        self.benchmark, self.interview, self.videos = benchmark, interview, videos
+    def __init__(
+        self, out: Path, benchmark: Benchmark, interview: Interview, videos: dict[str, str], blind: bool, size: int | None
+    ):
+        self.benchmark, self.interview, self.videos, self.size = benchmark, interview, videos, size
         self.without = interview.blindfolded() if blind else None
         self.paths = {"said": out / "predictions.jsonl", "blind": out / "blind.jsonl"}
         self.said, self.unseen = _read(self.paths["said"]), _read(self.paths["blind"]) if blind else {}
@@ -272,7 +279,7 @@ class _Run:
             self._keep("blind", self.unseen, self.without.ask(batch, BLIND))
 
     def _batches(self, questions: Sequence[Question]) -> list[Sequence[Question]]:
-        size = self.interview.batch_size
+        size = self.size or max(1, len(questions))
         return [questions[start : start + size] for start in range(0, len(questions), size)]
 
     def _show(self, video: str, clip_id: str) -> Shown | str:

@@ -105,18 +105,21 @@ def setup(seed: int = 0, device: str = "auto", dtype: str = "auto") -> dict[str,
     """First cell of a notebook: seed every generator and print what this machine will compute with.
 
     Returns:
-        A record with keys seed, device, dtype, attention and the versions of :func:`versions`.
+        A record with keys seed, device, dtype, attention (that on prefix trees) and the versions of :func:`versions`.
     """
     import numpy
     import torch
+    from stkit_kernels.backends import choose_backend
 
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     device, device_reason = pick_device(device)
     chosen, dtype_reason = pick_dtype(dtype, device)
-    record = {"seed": str(seed), "device": device, "dtype": str(chosen).removeprefix("torch."), "attention": "sdpa"}
+    record = {"seed": str(seed), "device": device, "dtype": str(chosen).removeprefix("torch.")}
+    tree = choose_backend(torch.device(device), chosen, head_size=128)
+    record["attention"] = tree.name
     print(f"device    {device} ({device_reason})\ndtype     {record['dtype']} ({dtype_reason})")
-    print(f"attention {record['attention']} (torch's scaled_dot_product_attention)\nseed      {seed}")
+    print(f"attention {tree.name} ({tree.why})\nseed      {seed}")
     print("versions  " + ", ".join(f"{k} {v}" for k, v in versions().items() if k != "platform"))
     return record | versions()

@@ -10,13 +10,17 @@ from test_prompts import PROCESSORS, QUESTION, ROUTE, make_frames
 
 from stkit.bench import routes
 from stkit.bench.schema import Prediction, Question, Route, Step
+from stkit.runtime import StkitError
 from stkit.vlm import interview as module
-from stkit.vlm.ask import Said, decode, encode_video, letter_log_probs
+from stkit.vlm import logps
+from stkit.vlm.ask import Said, bounded, decode, letter_log_probs
 from stkit.vlm.controls import control_frames, rotated, turns, turns_seen_backwards
 from stkit.vlm.interview import BLIND, Interview, Settings
 from stkit.vlm.load import Loaded
-from stkit.vlm.prompts import build_prompt
+from stkit.vlm.prompts import Prompt, build_prompt
+from stkit.vlm.tree import pack, trie
 from stkit.vlm.video import Frames, prepare, video_spec
+from stkit.vlm.vision import encode_video
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 QUESTIONS = [
@@ -97,9 +101,10 @@ def test_letters_have_the_log_probs_that_transformers_gives_each_question_alone(
         logits = [loaded.model(**alone(loaded, p, video)).logits[0, -1].double() for p in prompts]
     expected = [torch.log_softmax(row, -1)[list(p.letter_ids)].numpy() for row, p in zip(logits, prompts)]
     assert np.ptp(expected[0]) > 0.01
-    features = encode_video(loaded, video)
-    for size, order in ((1, [0, 1, 2]), (2, [0, 1, 2]), (3, [2, 0, 1]), (8, [1, 2, 0])):
-        found = letter_log_probs(loaded, [prompts[k] for k in order], video, features, batch_size=size)
+    features = encode_video(loaded.model, video)
+    longest = max(len(p.ids) for p in prompts)
+    for size, order in ((longest, [0, 1, 2]), (longest + 9, [2, 0, 1]), (16_384, [1, 2, 0])):
+        found = letter_log_probs(loaded, [prompts[k] for k in order], video, features, max_tokens=size)
         for k, row in zip(order, found):
             assert np.abs(row - expected[k]).max() < 1e-5, (size, order)
             margin = np.diff(np.sort(expected[k]))[-1]
@@ -116,14 +121,14 @@ def test_every_frame_reaches_the_model(family):
         pixels = frames.pixels.copy()
         pixels[k : k + 1] = 255 - pixels[k : k + 1]
         video = make_video(family, replace(frames, pixels=pixels))
-        seen.append(letter_log_probs(loaded, [prompt], video, encode_video(loaded, video))[0])
+        seen.append(letter_log_probs(loaded, [prompt], video, encode_video(loaded.model, video))[0])
     assert all(np.abs(seen[i] - seen[k]).max() > 1e-6 for i in range(len(seen)) for k in range(i))
 
 
 def test_qwen25_is_told_the_seconds_of_the_frames_really_sampled():
     loaded, video = MODELS["qwen2_5_vl"], make_video("qwen2_5_vl")
     prompt = build_prompt(QUESTION, loaded.processor, "qwen2_5_vl", video)
-    features = encode_video(loaded, video)
+    features = encode_video(loaded.model, video)
     slow = video._replace(second_per_grid_s=video.second_per_grid_s * 9)
     assert (
         np.abs(
@@ -153,9 +158,50 @@ def test_decoding_is_greedy_and_the_same_in_a_batch_as_alone(family, seen):
         assert loaded.model.config.video_token_id not in new  # it would count as a video in a new pass
         new = new[: len(new) - finished]
         expected.append(Said(loaded.processor.tokenizer.decode(new, skip_special_tokens=True), len(new), finished))
-    features = encode_video(loaded, video)
-    for size in (1, 4):
-        assert decode(loaded, prompts, video, features, batch_size=size, max_new_tokens=6) == expected
+    features = encode_video(loaded.model, video)
+    for size in (max(len(p.ids) for p in prompts) + 6, 16_384):
+        assert decode(loaded, prompts, video, features, max_tokens=size, max_new_tokens=6) == expected
+
+
+def test_prompts_are_computed_together_as_far_as_the_bound_allows():
+    prompts = [Prompt(ids, (0,) * len(ids), (), "", "") for ids in ((1, 2, 3), (1, 2, 4), (1, 5), (1, 5, 6, 7), (8, 9))]
+
+    def sizes(*bound):
+        return [len(batch) for batch in bounded(prompts, *bound)]
+
+    assert sizes(100) == [5]
+    assert sizes(4) == [2, 2, 1]  # 3 + 1, then 2 + 2, then 2
+    assert sizes(7) == [4, 1]
+    assert sizes(8, 4) == [1, 1, 1, 1, 1]
+    for bound in (4, 5, 6, 7):
+        assert all(len(pack(trie([p.ids for p in batch])[0])) <= bound for batch in bounded(prompts, bound))
+    with pytest.raises(StkitError, match="a prompt of 4 tokens is over max_tokens=3: raise max_tokens to 4"):
+        sizes(3)
+    with pytest.raises(StkitError, match="a prompt of 3 tokens and 6 for its answer is over max_tokens=8"):
+        sizes(8, 6)
+
+
+def test_a_clips_questions_and_rotations_are_one_forward_pass_on_one_encoded_video(monkeypatch):
+    """And each letter's log-prob is that of the prompt alone."""
+    loaded = MODELS["qwen2_5_vl"]
+    passes, encoded = [], []
+    forward, encode = logps.tree_forward, module.encode_video
+    monkeypatch.setattr(logps, "tree_forward", lambda m, packed, *x: passes.append(len(packed)) or forward(m, packed, *x))
+    monkeypatch.setattr(module, "encode_video", lambda *x: encoded.append(1) or encode(*x))
+    monkeypatch.setattr(module, "load_frames", lambda *_, **__: make_frames("qwen2_5_vl"))
+    interview = Interview(loaded, Settings(control="circular", max_pixels=10**6, min_pixels=784))
+    shown = interview.watch("walk.mp4", "walk")
+    asked = interview.ask(QUESTIONS[:3], shown)
+    assert len(passes) == 1 and len(encoded) == 1
+    prompts = [build_prompt(rotated(q, s)[0], loaded.processor, "qwen2_5_vl", shown.inputs) for q in QUESTIONS[:3] for s in range(len(q.options))]
+    assert len(prompts) == 9 and passes[0] < 0.5 * sum(len(p.ids) for p in prompts)
+    rows = [row for p in asked for row in p.extra["rotations"]]
+    for k, (question, shift) in enumerate((q, s) for q in QUESTIONS[:3] for s in range(len(q.options))):
+        back = rotated(question, shift)[1]
+        with torch.no_grad():
+            logits = loaded.model(**alone(loaded, prompts[k], shown.inputs)).logits[0, -1].double()
+        expected = torch.log_softmax(logits, -1)[list(prompts[k].letter_ids)].numpy()
+        assert np.abs(np.array(rows[k]["log_probs"])[back] - expected).max() < 1e-5
 
 
 def test_decoding_stops_where_the_model_ends_its_turn():

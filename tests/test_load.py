@@ -112,12 +112,13 @@ def test_the_record_is_plain_json_with_a_reason_for_each_choice(loaded):
         "device",
         "dtype",
         "attention",
+        "tree_attention",
         "four_bit",
         "adapter",
         "why",
         "versions",
     } <= set(record)
-    assert {"device", "dtype", "attention", "four_bit"} <= set(record["why"])
+    assert {"device", "dtype", "attention", "tree_attention", "four_bit"} <= set(record["why"])
     assert (record["device"], record["dtype"], record["attention"]) == ("cpu", "float32", "sdpa")
     assert record["vocabulary"] == len(loaded.processor.tokenizer)
     assert record["versions"]["transformers"] == transformers.__version__
@@ -129,7 +130,7 @@ def test_loading_says_in_one_line_on_stderr_what_was_chosen(capfd):
     assert out == ""
     assert (
         err
-        == "model tiny (qwen2_5_vl): 3.0 M parameters, cpu, float32, sdpa attention, untrained weights: expect chance\n"
+        == "model tiny (qwen2_5_vl): 3.0 M parameters, cpu, float32, cpu-flash attention on trees, sdpa in the tower, untrained weights: expect chance\n"
     )
 
 

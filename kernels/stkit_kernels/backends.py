@@ -9,6 +9,7 @@ CUDA primitives are written against their documented signatures; they are not ru
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_size: int
         return f"it takes head sizes up to {limit} that are multiples of 8, this is {head_size}"
     if name == "flash-attn":
         try:
-            import flash_attn.flash_attn_interface  # noqa: F401
+            _flash_attn()
         except Exception as error:  # built for another torch, it is there and cannot be imported
             return f"flash-attn cannot be imported ({type(error).__name__}): pip install flash-attn"
     return ""
@@ -148,20 +149,21 @@ def _aligned(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     return room.expand(q.shape[0], q.shape[1], q.shape[2], keys)
 
 
+def _flash_attn():
+    """flash-attn 2, which is not always there."""
+    return import_module("flash_attn.flash_attn_interface")
+
+
 def _flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
     """Varlen: q ``(tokens, H, D)``, k and v ``(keys, KV, D)``; lse ``(H, tokens)``."""
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal)
+    out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal)
     return out, lse
 
 
 def _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None, "deterministic": False}
-    _flash_attn_varlen_backward(
+    _flash_attn()._flash_attn_varlen_backward(
         grad, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, **rest
     )
     return dq, dk, dv

@@ -1,22 +1,26 @@
 """Ask a model many questions on one video: the log-probabilities of the options' letters, or a text decoded greedily.
 
-The vision tower runs once a video; the questions share its output. Prompts of unequal length are padded on the left and
-masked, with M-RoPE positions that don't count the padding, so that an answer doesn't depend on its neighbours::
+The video is encoded once. All prompts on it (questions, and rotations of their options) are packed into one prefix tree,
+in which whatever they have in common stands once, and are scored in one forward pass or decoded in one batch::
 
-    features = encode_video(loaded, inputs)
-    log_probs = letter_log_probs(loaded, prompts, inputs, features, batch_size=8)
+    features = encode_video(loaded.model, inputs)
+    log_probs = letter_log_probs(loaded, prompts, inputs, features, max_tokens=16_384)
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import GenerationConfig
 
+from ..runtime import StkitError
+from .generate import Sampling, generate
 from .load import Loaded
+from .logps import next_log_probs
 from .prompts import Prompt
+from .tree import trie
 from .video import VideoInputs
+
+MAX_TOKENS = 16_384
 
 
 class Said(NamedTuple):
@@ -27,110 +31,87 @@ class Said(NamedTuple):
     finished: bool
 
 
-@torch.inference_mode()
-def encode_video(loaded: Loaded, video: VideoInputs | None):
-    """The output of the vision tower for one video (None for None), to be shared by all its questions."""
-    if video is None:
-        return None
-    model = _base(loaded.model)
-    pixels, grid = video.pixel_values.to(model.device), video.grid_thw[None].to(model.device)
-    return model.get_video_features(pixels, grid, return_dict=True)
-
-
-@torch.inference_mode()
 def letter_log_probs(
-    loaded: Loaded, prompts: Sequence[Prompt], video: VideoInputs | None, features=None, batch_size: int = 8
+    loaded: Loaded, prompts: Sequence[Prompt], video: VideoInputs | None, features=None, max_tokens: int = MAX_TOKENS
 ) -> list[np.ndarray]:
     """Natural-log probabilities of each prompt's letters as the answer's first token.
 
     Args:
         loaded: model, processor, record.
         prompts: multiple-choice prompts, all with this video (or all without).
-        video, features: as prepared, and what :func:`encode_video` made of it; None for prompts without a video.
-        batch_size: prompts at a time; the result doesn't depend on it (in float32 to 1e-5).
+        video, features: as prepared, and what :func:`stkit.vlm.vision.encode_video` made of it; None for prompts without.
+        max_tokens: of a tree, computed at once; more prompts make more trees. The result doesn't depend on it (in float32
+            to 1e-5).
 
     Returns:
         One float64 array ``(n options,)`` a prompt: log-softmax in float32 over the whole vocabulary.
+
+    Raises:
+        StkitError: a single prompt is longer than ``max_tokens``.
     """
     found = []
-    for batch in _batches(prompts, batch_size):
-        inputs = _inputs(loaded, batch, video, features)
-        if video is None:  # with a video the model itself computes them, from the mask and the grid
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
-        logits = loaded.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        log_probs = torch.log_softmax(logits.float(), dim=-1).cpu().double().numpy()
-        found += [row[list(prompt.letter_ids)] for row, prompt in zip(log_probs, batch)]
+    for batch in bounded(prompts, max_tokens):
+        trees, last = trie([prompt.ids for prompt in batch])
+        both = [video] * len(trees), [features] * len(trees)
+        rows = next_log_probs(loaded.model, trees, *both, last, [prompt.letter_ids for prompt in batch])
+        found += [row.double().numpy() for row in rows]
     return found
 
 
-@torch.inference_mode()
 def decode(
     loaded: Loaded,
     prompts: Sequence[Prompt],
     video: VideoInputs | None,
     features=None,
-    batch_size: int = 8,
+    max_tokens: int = MAX_TOKENS,
     max_new_tokens: int = 512,
 ) -> list[Said]:
-    """Greedy answers: the likeliest token each time, until the model ends its turn or ``max_new_tokens`` are there."""
+    """Greedy answers: the likeliest token each time, until the model ends its turn or ``max_new_tokens`` are there.
+
+    ``max_tokens`` bounds the tokens whose keys and values are held: of the tree, and ``max_new_tokens`` for each prompt.
+    """
     own = loaded.model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=_pad(loaded),
-    )  # fmt: skip
+    greedy = Sampling(max_new_tokens, greedy=True, stop=tuple(end for end in ends if end is not None))
     found = []
-    for batch in _batches(prompts, batch_size):
-        inputs = _inputs(loaded, batch, video, features)
-        ids = loaded.model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
-        found += [_said(loaded, row, ends) for row in ids.tolist()]
+    for batch in bounded(prompts, max_tokens, max_new_tokens):
+        groups = generate(loaded.model, [prompt.ids for prompt in batch], video, features, sampling=greedy)
+        found += [_said(loaded, rollout.ids, rollout.finished) for (rollout,) in groups]
     return found
 
 
-def _said(loaded: Loaded, ids: list[int], ends: list[int]) -> Said:
-    length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
+def bounded(prompts: Sequence[Prompt], max_tokens: int, each: int = 0) -> Iterator[Sequence[Prompt]]:
+    """Prompts in their order, as many at a time as a tree of ``max_tokens`` holds, with ``each`` more for every one.
+
+    Raises:
+        StkitError: a prompt that is longer by itself.
+    """
+    begin = held = 0
+    before: tuple[int, ...] = ()
+    for k, prompt in enumerate(prompts):
+        whole = len(prompt.ids) + each
+        if whole > max_tokens:
+            room = f" and {each} for its answer" if each else ""
+            raise StkitError(
+                f"a prompt of {len(prompt.ids)} tokens{room} is over max_tokens={max_tokens}: raise max_tokens to {whole}, "
+                "or lower frames or max_pixels"
+            )
+        new = whole - _in_common(before, prompt.ids)
+        if held + new > max_tokens:
+            yield prompts[begin:k]
+            begin, held, new = k, 0, whole
+        held, before = held + new, prompt.ids
+    if len(prompts) > begin:
+        yield prompts[begin:]
+
+
+def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    length = min(len(a), len(b))
+    differs = np.not_equal(a[:length], b[:length])
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _said(loaded: Loaded, ids: Sequence[int], finished: bool) -> Said:
+    length = len(ids) - finished
     text = loaded.processor.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Said(text, length, length < len(ids))
-
-
-def _base(model):
-    """The Transformers model, inside of a peft one or itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _pad(loaded: Loaded) -> int:
-    tokenizer = loaded.processor.tokenizer
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    return (prompts[start : start + size] for start in range(0, len(prompts), size))
-
-
-def _inputs(loaded: Loaded, prompts: Sequence[Prompt], video: VideoInputs | None, features) -> dict:
-    """What the model takes: ids ``(B, S)`` padded on the left, mask, and the one video once for each prompt."""
-    model, longest, count = _base(loaded.model), max(len(p.ids) for p in prompts), len(prompts)
-
-    def padded(rows, value: int) -> torch.Tensor:
-        return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows], device=model.device)
-
-    inputs = {
-        "input_ids": padded([p.ids for p in prompts], _pad(loaded)),
-        "attention_mask": padded([[1] * len(p.ids) for p in prompts], 0),
-    }
-    if video is None:
-        return inputs
-    inputs["mm_token_type_ids"] = padded([p.mm_token_type_ids for p in prompts], 0)
-    inputs["video_grid_thw"] = video.grid_thw[None].expand(count, -1).to(model.device)
-    inputs["mm_encoder_outputs"] = {"video": _repeated(features, count)}
-    if loaded.record["family"] == "qwen2_5_vl":  # the only one that counts time in its positions
-        inputs["second_per_grid_ts"] = torch.full((count,), video.second_per_grid_s, device=model.device)
-    return inputs
-
-
-def _repeated(features, count: int):
-    """The tower's output for one video as if it had run on ``count`` copies (no copy is made here)."""
-    values = {"pooler_output": tuple(features.pooler_output) * count}
-    if getattr(features, "deepstack_features", None) is not None:
-        values["deepstack_features"] = [tuple(layer) * count for layer in features.deepstack_features]
-    return type(features)(**values)
+    return Said(text, length, finished)

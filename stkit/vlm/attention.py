@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ..runtime import StkitError
+from .load import head_size
 from .tree import Packed, Tree, pack
 from .video import VideoInputs
 from .views import active, base_model, view
@@ -42,10 +43,8 @@ class TreeAttention:
     def __init__(self, end: torch.Tensor, model, backend: str = "auto"):
         base = base_model(model)
         weight = base.get_input_embeddings().weight
-        config = base.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         try:
-            self.backend = choose_backend(weight.device, weight.dtype, size, backend)
+            self.backend = choose_backend(weight.device, weight.dtype, head_size(base.config), backend)
         except ValueError as error:
             raise StkitError(str(error)) from error
         self.plan = plan_tree(end.to(weight.device))

@@ -1,5 +1,8 @@
 """What to compute with: device, dtype, attention and 4 bits, each with the reason, decided in one place.
 
+``attention`` is that of Transformers' own layers (the vision tower here), ``tree_attention`` that of the language model on
+prefix trees (see :mod:`stkit_kernels.backends`).
+
 :func:`stkit.load_model` does what is chosen here and ``stkit doctor`` prints it, so the two cannot disagree.
 
     >>> choose(device="cpu").why["device"]
@@ -10,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from stkit_kernels.backends import choose_backend
 
 from ..runtime import BadUse, StkitError, pick_device, pick_dtype
 
@@ -25,6 +29,7 @@ class Choice:
     device: str
     dtype: torch.dtype
     attention: str
+    tree_attention: str
     four_bit: bool
     why: dict[str, str]
 
@@ -116,12 +121,14 @@ def choose(
     device: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    head_size: int = 128,
 ) -> Choice:
     """Decide what a model of so many parameters is loaded with on this machine.
 
     Args:
         parameters: number of weights in the checkpoint.
         four_bit, device, dtype, attention: as in :func:`stkit.load_model`.
+        head_size: of the language model.
 
     Raises:
         StkitError: something was asked for that cannot be done here.
@@ -132,8 +139,9 @@ def choose(
     if in_four_bits and dtype == "auto" and device == "cpu":
         chosen, why_dtype = torch.bfloat16, "NF4 computes in bfloat16"
     backend, why_attention = pick_attention(attention, device, chosen)
-    why = {"device": why_device, "dtype": why_dtype, "attention": why_attention, "four_bit": why_bits}
-    return Choice(device, chosen, backend, in_four_bits, why)
+    tree = choose_backend(torch.device(device), chosen, head_size)
+    why = {"device": why_device, "dtype": why_dtype, "attention": why_attention, "tree_attention": tree.why}
+    return Choice(device, chosen, backend, tree.name, in_four_bits, why | {"four_bit": why_bits})
 
 
 def memory_gb(device: str) -> float:

@@ -42,6 +42,7 @@ def doctor() -> dict:
             "device": choice.device,
             "dtype": str(choice.dtype).removeprefix("torch."),
             "attention": choice.attention,
+            "tree_attention": choice.tree_attention,
             "four_bit": choice.four_bit,
             "why": choice.why,
         },
@@ -118,8 +119,8 @@ def as_text(result: dict) -> str:
     for name, state in result["backends"].items():
         lines.append(f"  {'yes' if state['usable'] else 'no '}  {name}: {state['why']}")
     lines += ["", f"load_model({choice['model']!r}) would choose"]
-    for key in ("device", "dtype", "attention", "four_bit"):
-        lines.append(f"  {key:<10} {choice[key]} ({choice['why'][key]})")
+    for key in ("device", "dtype", "attention", "tree_attention", "four_bit"):
+        lines.append(f"  {key:<14} {choice[key]} ({choice['why'][key]})")
     lines += ["", "to do better"]
     lines += [f"  {line}" for line in result["advice"]] or ["  nothing: this machine uses the best that it has"]
     return "\n".join(lines)

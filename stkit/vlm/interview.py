@@ -1,6 +1,6 @@
 """Show a model a clip and put its questions to it: what one evaluation does, without folders and scores.
 
-interview = Interview(loaded, Settings(mode="letter", frames=8), batch_size=8)
+interview = Interview(loaded, Settings(mode="letter", frames=8), max_tokens=16_384)
 shown = interview.watch("walk.mp4", clip_id="walk")
 predictions = interview.ask(questions, shown)          # shown=BLIND asks the same without the video
 """
@@ -17,12 +17,13 @@ import numpy as np
 from ..bench import routes
 from ..bench.schema import LETTERS, Prediction, Question
 from .answers import answer_parts, parse, parse_route
-from .ask import Said, decode, encode_video, letter_log_probs
+from .ask import MAX_TOKENS, Said, decode, letter_log_probs
 from .cache import FrameCache, load_frames
 from .controls import control_frames, rotated, turns, turns_seen_backwards
 from .load import Loaded
 from .prompts import Prompt, build_prompt
 from .video import PUBLISHED_MAX_PIXELS, VideoInputs, prepare, video_spec
+from .vision import encode_video
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,17 @@ class Interview:
     Args:
         loaded: model, processor and record.
         settings: see :class:`Settings`.
-        batch_size: questions (and rotations of options) at a time; the answers don't depend on it.
+        max_tokens: of the tree of questions (and rotations of options) that is computed at once; the answers don't depend on
+            it.
         cache: where decoded and resized frames are kept; None for nowhere. The answers don't depend on it.
     """
 
-    def __init__(self, loaded: Loaded, settings: Settings, batch_size: int = 8, cache: FrameCache | None = None):
-        self.loaded, self.settings, self.batch_size, self.cache = loaded, settings, batch_size, cache
+    def __init__(self, loaded: Loaded, settings: Settings, max_tokens: int = MAX_TOKENS, cache: FrameCache | None = None):
+        self.loaded, self.settings, self.max_tokens, self.cache = loaded, settings, max_tokens, cache
 
     def blindfolded(self) -> "Interview":
         """The blind control of this interview: the same prompts without the video, by letter."""
-        return Interview(self.loaded, replace(self.settings, mode="letter"), self.batch_size)
+        return Interview(self.loaded, replace(self.settings, mode="letter"), self.max_tokens)
 
     def watch(self, path: str | Path, clip_id: str) -> Shown:
         """Read a video, do to its frames what the control says, and run the vision tower on it, once.
@@ -88,7 +90,7 @@ class Interview:
         inputs = prepare(frames, spec, s.min_pixels, s.max_pixels)
         told = {"reader": frames.reader} | ({"note": frames.note} if frames.note else {})
         times = tuple(round(float(t), 4) for t in frames.timestamps_s)
-        return Shown(inputs, encode_video(self.loaded, inputs), times, told)
+        return Shown(inputs, encode_video(self.loaded.model, inputs), times, told)
 
     def asks(self, question: Question) -> bool:
         """Whether these settings can ask it: an open-ended question has no letters."""
@@ -126,7 +128,7 @@ class Interview:
         turned = [[rotated(q, shift) for shift in range(len(q.options) if circular else 1)] for q in questions]
         prompts = [[self._prompt(version, shown) for version, _ in versions] for versions in turned]
         flat = [prompt for row in prompts for prompt in row]
-        scores = iter(letter_log_probs(self.loaded, flat, shown.inputs, shown.features, self.batch_size))
+        scores = iter(letter_log_probs(self.loaded, flat, shown.inputs, shown.features, self.max_tokens))
         found = []
         for question, versions, asked in zip(questions, turned, prompts, strict=True):
             by_option = []
@@ -140,7 +142,7 @@ class Interview:
     def _by_text(self, questions: Sequence[Question], shown: Shown) -> list[Prediction]:
         prompts = [self._prompt(q, shown) for q in questions]
         limit = self.settings.max_new_tokens
-        said = decode(self.loaded, prompts, shown.inputs, shown.features, self.batch_size, limit)
+        said = decode(self.loaded, prompts, shown.inputs, shown.features, self.max_tokens, limit)
         backwards = self.settings.control == "reversed"
         return [_from_text(q, s, p, backwards) for q, s, p in zip(questions, said, prompts, strict=True)]
 

@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
     """What :func:`load_model` returns.
 
     ``record`` is a plain dict for a run's config: name, family, untrained, weights, revision, parameters, context,
-    vocabulary, device, dtype, attention, four_bit, adapter (and its adapter_sha256), why (a sentence for each choice)
+    vocabulary, device, dtype, attention, tree_attention, four_bit, adapter (and its adapter_sha256), why (a sentence for each choice)
     and versions.
     """
 
@@ -85,7 +85,7 @@ def load_model(
     config = read_config(source)
     untrained = source.name == "tiny" and not (source.folder / "model.safetensors").exists()
     parameters = 0 if untrained else count_parameters(source)
-    choice = choose(parameters, four_bit, device, dtype, attention)
+    choice = choose(parameters, four_bit, device, dtype, attention, head_size(config))
     check_memory(source, parameters, choice)
     with quiet(progress=parameters > 100_000_000):
         processor = load_processor(source, config.model_type)
@@ -102,6 +102,12 @@ def load_model(
         record["adapter_sha256"] = content_hash(folder / "adapter_model.safetensors")  # one trained on is another
     print(summary(record), file=sys.stderr)
     return Loaded(model, processor, record)
+
+
+def head_size(config) -> int:
+    """Of the language model's attention."""
+    text = config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def find(name: str) -> Source:
@@ -270,6 +276,7 @@ def describe(source: Source, model, choice: Choice, untrained: bool) -> dict:
         "device": choice.device,
         "dtype": str(choice.dtype).removeprefix("torch."),
         "attention": choice.attention,
+        "tree_attention": choice.tree_attention,
         "four_bit": choice.four_bit,
         "adapter": None,
         "why": why,
@@ -285,7 +292,8 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 def summary(record: dict) -> str:
     """One line for people: what was loaded and what it computes with."""
     parts = [f"{record['parameters'] / 1e6:,.1f} M parameters", f"{record['device']}, {record['dtype']}"]
-    parts += [f"{record['attention']} attention"] + ["NF4"] * record["four_bit"]
+    parts += [f"{record['tree_attention']} attention on trees", f"{record['attention']} in the tower"]
+    parts += ["NF4"] * record["four_bit"]
     if record["adapter"]:
         parts.append(f"adapter {record['adapter']}")
     if record["untrained"]:

@@ -160,14 +160,18 @@ def test_a_lora_on_the_convolution_of_the_patches_is_not_lost(family):
     assert_same_gradients(adapted, video)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("saved", ["visual", "patch_embed", "attn"])
-def test_the_copy_that_peft_trains_is_the_one_that_runs(saved):
-    adapted = lora(make_model("qwen2_5_vl"), r".*language_model.*q_proj", modules_to_save=[saved])
+def test_the_copy_that_peft_trains_is_the_one_that_runs(saved, attention, monkeypatch):
+    model = make_model("qwen2_5_vl")
+    model.set_attn_implementation(attention)  # before, as the copies have a configuration of their own
+    adapted = lora(model, r".*language_model.*q_proj", modules_to_save=[saved])
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             parameter.mul_(1.1) if "modules_to_save" in name else None
-    video = noise(adapted, ODD)
+    video, calls = noise(adapted, ODD), count_calls(monkeypatch)
     found = encode_video(adapted, video)
+    assert len(calls) == (5 if attention == "sdpa" else 0)
     assert found.pooler_output[0].requires_grad
     assert_same_features(found, theirs(adapted, video))
     with adapted.disable_adapter():

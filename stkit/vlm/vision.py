@@ -110,7 +110,7 @@ def _batched(tower: nn.Module) -> nn.Module:
         if "forward" in vars(module) and not hasattr(module, "_old_forward"):
             raise StkitError(f"the forward pass of this {type(module).__name__} was replaced: encode the video without")
     children = {}
-    embed = _active(tower.patch_embed)
+    embed = tower.patch_embed
     if type(embed.proj) is nn.Conv3d:  # with LoRA on it, it is more than its weight, and stays as it is
         children["patch_embed"] = _view(embed, _embed_patches)
     if "flash" not in tower.config._attn_implementation:

@@ -1,0 +1,263 @@
+"""Run every measure of the table: `make bench` writes runs/bench/bench.json, bench.md, plots and report.html.
+
+    python kernels/benchmarks/bench.py --out runs/bench            # under 25 minutes on 2 cores
+    python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds; goals are not judged
+
+A row holds name, unit, peer, ours, ratio (peer / ours), goal, met, reason (of a goal not met), max_abs_diff (how far the
+two answers are apart) and the spread of both.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attend
+import measure
+import page
+import peers
+import torch
+from setting import FULL, SMALL, Setting, Sizes, make_setting
+from stkit_kernels.logprob import selected_log_probs
+from stkit_kernels.memory import LiveStorages, peak_bytes
+from stkit_kernels.patchify import patchify
+from transformers import Qwen2VLVideoProcessor
+
+from stkit.runs import write_json
+from stkit.vlm import kvcache
+from stkit.vlm.generate import Sampling, generate
+
+REASONS = {}  # why a goal is not met, by row: filled where a profile has told (see README.md)
+
+
+def row(name: str, unit: str, peer: float, ours: float, goal: str, diff: float | None, ratio: float | None = None, **more) -> dict:
+    """A line of the table. ``goal``: ">= 9" or "<= 1.05", of the ratio."""
+    ratio = peer / ours if ratio is None else ratio
+    sign, bound = goal.split()
+    met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
+    reason = "" if met else REASONS.get(name, "not met, not yet profiled")
+    return {"name": name, "unit": unit, "peer": peer, "ours": ours, "ratio": ratio, "goal": goal, "met": met,
+            "reason": reason, "max_abs_diff": diff} | more  # fmt: skip
+
+
+def timed(name: str, peer: Callable, ours: Callable, repeats: int, goal: str, diff: float) -> dict:
+    """A row of seconds, both by turns."""
+    theirs, mine = measure.alternate(peer, ours, repeats)
+    spread = {"peer_spread": [theirs.low, theirs.high], "ours_spread": [mine.low, mine.high]}
+    return row(name, "s", theirs.median, mine.median, goal, diff, **spread)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def update_rows(s: Setting) -> list[dict]:
+    """Forward and backward pass of one update, against both peers, and its memory."""
+    calls = {k: getattr(peers, f"{k}_log_probs") for k in ("published", "lean", "tree")}
+    found = {k: peers.update(s, call) for k, call in calls.items()}
+    ours, ours_grads = found["tree"]
+    diff = {k: apart(found[k][0], ours) for k in ("published", "lean")}
+    grads = {k: max(apart(g, ours_grads[n]) for n, g in found[k][1].items()) for k in diff}
+    del found
+    work = {k: measure.flops(lambda call=call: peers.reference(s, call)) for k, call in calls.items()}
+
+    def step(kind):
+        return lambda: peers.update(s, calls[kind])
+
+    rows = []
+    for kind, goal in (("published", ">= 9"), ("lean", f">= {0.9 * work['lean'] / work['tree']:.2f}")):
+        repeats = s.sizes.repeats if kind == "lean" else max(1, s.sizes.repeats - 2)
+        label = "as published" if kind == "published" else "lean"
+        rows.append(timed(f"update, G={s.sizes.group}, {label}", step(kind), step("tree"), repeats, goal, diff[kind]))
+        rows[-1]["max_abs_diff_gradients"] = grads[kind]
+        rows[-1]["flops_ratio"] = work[kind] / work["tree"]
+    peer, mine = (peak_bytes(step(kind)) / 1e6 for kind in ("published", "tree"))
+    rows.append(row("update, peak memory (live tensors), as published", "MB", peer, mine, ">= 5", None))
+    peer, mine = (measure.resident_mb(kind, s.sizes == SMALL) for kind in ("published", "tree"))
+    rows.append(row("update, peak memory (resident), as published", "MB", peer, mine, ">= 5", None))
+    return rows
+
+
+def reference_rows(s: Setting) -> list[dict]:
+    """Log-probs without gradients and adapter."""
+    calls = {k: getattr(peers, f"{k}_log_probs") for k in ("published", "lean", "tree")}
+    found = {k: peers.reference(s, call) for k, call in calls.items()}
+    work = {k: measure.flops(lambda call=call: peers.reference(s, call)) for k, call in calls.items()}
+    rows = []
+    for kind, goal in (("published", ">= 10"), ("lean", f">= {0.9 * work['lean'] / work['tree']:.2f}")):
+        both = (lambda kind=kind: peers.reference(s, calls[kind])), (lambda: peers.reference(s, calls["tree"]))
+        label = "as published" if kind == "published" else "lean"
+        diff = apart(found[kind], found["tree"])
+        rows.append(timed(f"reference log-probs, {label}", *both, s.sizes.repeats, goal, diff))
+        rows[-1]["flops_ratio"] = work[kind] / work["tree"]
+    return rows
+
+
+def rollout_rows(s: Setting) -> list[dict]:
+    """A group of rollouts, and the bytes of the prompt's keys and values."""
+    own = peers.tree_rollouts(s, greedy=True)[0]
+    plain = s.model.generate(**peers.inputs_of(s, torch.tensor([s.prompt])), do_sample=False, max_new_tokens=s.sizes.new,
+                             min_new_tokens=s.sizes.new, eos_token_id=2, pad_token_id=0)[0, len(s.prompt) :]  # fmt: skip
+    diff = float((own != plain).sum())  # tokens of a greedy rollout that differ
+    both = (lambda: peers.published_rollouts(s)), (lambda: peers.tree_rollouts(s))
+    rows = [timed(f"rollouts, G={s.sizes.group}, {s.sizes.new} new tokens", *both, s.sizes.repeats, ">= 2.5", diff)]
+    token = 2 * s.sizes.layers * s.base.config.text_config.num_key_value_heads * s.head_size * 4
+    copies = s.sizes.group * len(s.prompt) * token / 1e6  # what a cache expanded to the group holds
+    rows.append(row("keys and values of the prompt", "MB", copies, stored_mb(s), f">= {s.sizes.group}", None))
+    return rows
+
+
+def stored_mb(s: Setting) -> float:
+    """What the cache really holds of the prompt's keys and values while a group is decoded."""
+    made = []
+    start = kvcache.TreeCache.start
+    kvcache.TreeCache.start = lambda self: made.append(self) or start(self)
+    try:
+        generate(s.model, [s.prompt], s.video, group=s.sizes.group, sampling=Sampling(max_new_tokens=1))
+    finally:
+        kvcache.TreeCache.start = start
+    stored = [x for shelf in made[0].shelves for x in shelf.keys + shelf.values]
+    return sum(x.numel() * x.element_size() for x in stored) / 1e6
+
+
+def evaluation_rows(s: Setting) -> list[dict]:
+    """All questions under all rotations of their options, letter by letter."""
+    theirs, mine = peers.published_letters(s), peers.tree_letters(s)
+    margin = theirs.topk(2).values.diff(dim=-1).abs()[:, 0]
+    same = bool((theirs.argmax(-1) == mine.argmax(-1))[margin > 1e-4].all())
+    both = (lambda: peers.published_letters(s)), (lambda: peers.tree_letters(s))
+    name = f"evaluation, {s.sizes.questions} questions x {s.sizes.rotations} rotations, as published"
+    return [timed(name, *both, max(1, s.sizes.repeats - 2), ">= 12", apart(theirs, mine)) | {"equal_letters": same}]
+
+
+def flops_row(s: Setting) -> dict:
+    """FLOPs that the forward pass over a tree does, against those that its distinct tokens need by a formula."""
+    done = measure.flops(lambda: peers.reference(s, peers.tree_log_probs)) / 1e9
+    needed = distinct_flops(s) / 1e9
+    return row("forward FLOPs done / of distinct tokens", "GFLOP", needed, done, "<= 1.05", None, ratio=done / needed)
+
+
+def distinct_flops(s: Setting) -> int:
+    """2 for each weight and row that it sees, and 4 D for each visible (query, key) pair of a head."""
+    from stkit_kernels.plan import plan_tree
+
+    from stkit.vlm.vision import group_windows
+
+    base, tree = s.base, attend.group_end(len(s.prompt), s.sizes.group, s.sizes.new)
+    config, tower = base.config.text_config, base.model.visual
+    layers = sum(m.weight.numel() for n, m in base.model.language_model.named_modules() if linear(n, m))
+    pairs = plan_tree(tree).visible_pairs
+    language = 2 * layers * len(tree) + 4 * s.head_size * config.num_attention_heads * config.num_hidden_layers * pairs
+    head = 2 * base.lm_head.weight.numel() * s.rollouts.numel()
+    patches, merged = len(s.video.pixel_values), len(s.video.pixel_values) // 4
+    vision = 2 * sum(p.numel() for n, p in tower.named_parameters() if p.dim() > 1 and "merger" not in n) * patches
+    vision += 2 * sum(p.numel() for n, p in tower.merger.named_parameters() if p.dim() > 1) * merged
+    size = tower.config.hidden_size // tower.config.num_heads
+    for bounds, count in window_bounds(s):
+        pairs = sum(n * length**2 for n, length in group_windows(bounds).batches)
+        vision += 4 * size * tower.config.num_heads * pairs * count
+    return language + head + vision
+
+
+def linear(name: str, module) -> bool:
+    return isinstance(module, torch.nn.Linear) and "lora" not in name
+
+
+def window_bounds(s: Setting) -> list[tuple[torch.Tensor, int]]:
+    """Bounds of the tower's windows, and in how many layers they are these: frames in one, squares of 8 x 8 in the rest."""
+    frames, tall, wide = (int(n) for n in s.video.grid_thw)
+    whole = torch.tensor([0] + [tall * wide] * frames).cumsum(0)
+    side = 8
+    squares = [min(side, tall - y) * min(side, wide - x) for y in range(0, tall, side) for x in range(0, wide, side)]
+    return [(whole, 1), (torch.tensor([0] + squares * frames).cumsum(0), s.sizes.layers - 1)]
+
+
+def logprob_row(small: bool) -> dict:
+    """Memory of the selected log-probs, forward and backward pass."""
+    vocabulary, width, count = (3_000, 32, 64) if small else (152_000, 512, 1_024)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=draw).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=draw) / width**0.5
+    targets = torch.randint(vocabulary, (count,), generator=draw)
+
+    def plain():
+        found = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+        return found, torch.autograd.grad(found.sum(), hidden)[0]
+
+    def ours():
+        found = selected_log_probs(hidden, weight, targets).log_probs
+        return found, torch.autograd.grad(found.sum(), hidden)[0]
+
+    a, b = plain(), ours()
+    diff = max(apart(x, y) for x, y in zip(a, b))
+    del a, b
+    name = f"log-prob memory, V={vocabulary // 1000}k, T={count}"
+    return row(name, "MB", peak_bytes(plain) / 1e6, peak_bytes(ours) / 1e6, ">= 10", diff)
+
+
+def patchify_rows(small: bool) -> list[dict]:
+    """uint8 frames to patches, against Transformers' video processor, and what both hold meanwhile."""
+    theirs = Qwen2VLVideoProcessor()
+    frames = torch.randint(0, 256, (2 if small else 32, 224, 280, 3), dtype=torch.uint8)
+    planes = frames.permute(0, 3, 1, 2).contiguous()
+
+    def peer():
+        return theirs([planes], do_resize=False, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+
+    def ours():
+        return patchify(frames, 14, 2, 2, theirs.image_mean, theirs.image_std)
+
+    rows = [timed("patchify", peer, ours, 3 if small else 15, ">= 2", apart(peer(), ours()))]
+    with LiveStorages() as held, torch.no_grad():
+        found = ours()
+    rows[0]["float32_copies"] = round(held.peak / (found.numel() * 4), 3)
+    return rows
+
+
+def every_row(sizes: Sizes, say: Callable) -> list[dict]:
+    small = sizes == SMALL
+    s = make_setting(sizes)
+    parts = {
+        "patchify": lambda: patchify_rows(small), "log-prob": lambda: [logprob_row(small)],
+        "cascade": lambda: attend.rows(small, timed, row), "FLOPs": lambda: [flops_row(s)],
+        "reference": lambda: reference_rows(s), "rollouts": lambda: rollout_rows(s),
+        "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s),
+    }  # fmt: skip
+    found = []
+    for name, part in parts.items():
+        begin = time.monotonic()
+        new = part()
+        found += new
+        for r in new:
+            say(f"{r['name']}: {r['peer']:.4g} -> {r['ours']:.4g} {r['unit']}, ratio {r['ratio']:.2f} (goal {r['goal']})")
+        say(f"  {name}: {time.monotonic() - begin:.0f} s")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory against plain Transformers, with exactness beside it.")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--small", action="store_true", help="a toy, to see that it runs: goals are not judged")
+    parser.add_argument("--resident", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = SMALL if arguments.small else FULL
+    if arguments.resident:
+        s = make_setting(sizes)
+        call = getattr(peers, f"{arguments.resident}_log_probs")
+        print(measure.peak_resident_mb(lambda: peers.update(s, call)))
+        return
+    begin = time.monotonic()
+    rows = every_row(sizes, lambda text: print(text, flush=True))
+    result = {"rows": rows, "small": arguments.small, "seconds": round(time.monotonic() - begin), **page.origin()}
+    write_json(arguments.out / "bench.json", result)
+    page.write(arguments.out, json.loads((arguments.out / "bench.json").read_text()))
+    print(f"\n{page.table(rows)}\n\nthe report is {arguments.out / 'report.html'}")
+    missed = [r["name"] for r in rows if not r["met"]]
+    if missed and not arguments.small:
+        print(f"goals not met: {', '.join(missed)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

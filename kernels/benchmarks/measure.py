@@ -1,0 +1,91 @@
+"""Measuring: two ways of doing one thing alternated in one run, live and resident memory, and FLOPs by our own formula."""
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+
+
+class Times(NamedTuple):
+    """Median and the spread around it, in seconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def alternate(peer: Callable, ours: Callable, repeats: int) -> tuple[Times, Times]:
+    """Both by turns, once to warm up and then ``repeats`` times each."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + 1):
+        for kept, call in zip(seconds, (peer, ours)):
+            gc.collect()
+            begin = time.perf_counter()
+            call()
+            if turn:
+                kept.append(time.perf_counter() - begin)
+    return tuple(Times(statistics.median(s), min(s), max(s)) for s in seconds)
+
+
+class AttentionFlops(TorchDispatchMode):
+    """FLOPs of attention on a CPU, which torch's own counter takes for nothing: 4 D for each (query, key) pair of a head.
+
+    A causal call computes the pairs with key <= query; a call with a mask of queries by keys computes all of them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            q, k = args[:2]
+            count, heads, queries, size = q.shape
+            keys = k.shape[2]
+            causal = args[4] if len(args) > 4 else (kwargs or {}).get("is_causal", False)
+            own = min(queries, keys)
+            pairs = own * (own + 1) // 2 + max(0, queries - keys) * keys if causal else queries * keys
+            self.total += 4 * size * heads * count * pairs
+        return func(*args, **(kwargs or {}))
+
+
+def flops(call: Callable) -> int:
+    """Of a call: every matrix product and convolution as torch counts them, and attention by :class:`AttentionFlops`."""
+    with AttentionFlops() as attention, FlopCounterMode(display=False) as dense:
+        call()
+    return dense.get_total_flops() + attention.total
+
+
+def resident_mb(name: str, small: bool) -> float:
+    """The most memory that a process needed for one call of ``name`` above what it had before, in MB.
+
+    The call is made once in a process of its own after a warm-up with the smallest setting.
+    """
+    command = [sys.executable, str(HERE / "bench.py"), "--resident", name] + ["--small"] * small
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def peak_resident_mb(call: Callable) -> float:
+    """Of a call in this process: the high-water mark of its memory above what it had before (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # starts the mark anew
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
+    return int(line.split()[1])

@@ -204,7 +204,8 @@ def test_half_precision_on_a_gpu_sums_in_float32():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with FakeTensorMode():
             hidden, weight = (torch.empty(n, 24, dtype=dtype, device="cuda") for n in (13, 101))
-            bias, targets = torch.empty(101, dtype=dtype, device="cuda"), torch.zeros(13, dtype=torch.int64, device="cuda")
+            bias = torch.empty(101, dtype=dtype, device="cuda")
+            targets = torch.zeros(13, dtype=torch.int64, device="cuda")
             how = logprob_torch.How(0.7, True, 17, True, "torch")
             scan = logprob_torch.scan_vocabulary(hidden, weight, bias, targets[:, None], how)
             row = scan.top

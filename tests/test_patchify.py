@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from stkit_kernels.patchify import patchify
+from memory import peak_bytes
+from stkit_kernels.patchify import BLOCK, choose_backend, patchify
 from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,13 +67,62 @@ def test_the_frames_are_left_as_they_were():
     assert torch.equal(frames, before)
 
 
+@pytest.mark.parametrize("patch", [3, 14, 16])  # lines of 9, 42 and 48 bytes move as integers of 1, 2 and 8
+def test_bytes_that_begin_anywhere_in_memory_give_the_same_patches(patch):
+    frames = noise(2, 2 * patch, 4 * patch)
+    expected = patchify(frames, patch, 2, 2, MEAN, STD)
+    for offset in range(1, 9):
+        flat = torch.cat([torch.zeros(offset, dtype=torch.uint8), frames.flatten()])
+        assert torch.equal(patchify(flat[offset:].view(frames.shape), patch, 2, 2, MEAN, STD), expected)
+
+
+def test_more_rows_than_one_block_are_normalised_alike():
+    frames = noise(2, 4 * 28, 40 * 28)
+    rows = patchify(frames, 14, 2, 2, MEAN, STD)
+    assert len(rows) > BLOCK
+    half = patchify(frames[:, :, : 20 * 28], 14, 2, 2, MEAN, STD)
+    assert torch.equal(rows.view(4, 40, -1)[:, :20], half.view(4, 20, -1))
+
+
+def test_floats_are_made_once_and_nowhere_but_in_the_result():
+    frames = noise(8, 224, 280)
+    output = patchify(frames, 14, 2, 2, MEAN, STD).nbytes
+    peak = peak_bytes(lambda: patchify(frames, 14, 2, 2, MEAN, STD))
+    assert output <= peak <= output + frames.nbytes + 1000  # the bytes in their new order are the one copy
+    theirs = Qwen2VLVideoProcessor()
+    arguments = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
+    # so that the counter is known to see such copies
+    assert peak_bytes(lambda: theirs([frames.permute(0, 3, 1, 2)], **arguments)) > 1.9 * output
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded_once(dtype):
+    frames = noise(2, 4 * 28, 40 * 28)
+    exact = patchify(frames, 14, 2, 2, MEAN, STD)
+    assert torch.equal(patchify(frames, 14, 2, 2, MEAN, STD, dtype=dtype), exact.to(dtype))
+
+
+def test_a_cpu_cuts_in_torch():
+    assert choose_backend(torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [({"dtype": torch.float64}, "float64"), ({"backend": "cuda"}, "'cuda' is unknown")]
+)
+def test_what_it_cannot_make_is_refused(asked, told):
+    with pytest.raises(ValueError, match=told):
+        patchify(noise(2, 28, 28), 14, 2, 2, MEAN, STD, **asked)
+
+
 @pytest.mark.parametrize(
     ("frames", "told"),
     [
         (torch.zeros(2, 28, 28, 3), "float32"),
         (torch.zeros(28, 28, 3, dtype=torch.uint8), "(28, 28, 3)"),
         (torch.zeros(0, 28, 28, 3, dtype=torch.uint8), "at least 1"),
+        (torch.zeros(2, 0, 28, 3, dtype=torch.uint8), "(2, 0, 28, 3)"),
         (torch.zeros(2, 28, 30, 3, dtype=torch.uint8), "30x28"),
+        (torch.zeros(2, 28, 28, 4, dtype=torch.uint8), "4 channels"),
     ],
 )
 def test_frames_of_another_kind_are_refused(frames, told):

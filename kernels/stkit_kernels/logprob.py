@@ -6,12 +6,13 @@
 
 The vocabulary goes by in pieces. Of each, the maximum, the sum of exponentials and, where hidden states want a
 gradient, the sum of the head's rows under those exponentials are kept: attention with the vocabulary as keys.
+
 With p the softmax of the logits, W the head and t the target,
 
     d log p[t] / d hidden = (W[t] - p @ W) / temperature
 
-so with a frozen head (LoRA) the backward pass is ready after the forward pass: two products of N x V x E as in the plain
-way, and no logits computed again. For a head that is trained they are computed again, once, in the backward pass.
+so with a frozen head (LoRA) the backward pass is ready after the forward pass: two products of N x V x E as in the
+plain way, and no logits computed again. For a head that is trained they are computed again, once, in the backward pass.
 """
 
 import math

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from stkit_kernels.logprob_torch import How, Scan, default_chunk, recompute, scan_vocabulary
+from stkit_kernels.logprob_torch import HALF, How, Scan, default_chunk, recompute, scan_vocabulary
 from stkit_kernels.usable import triton_obstacle
 
 BACKENDS = ("auto", "torch", "triton")
@@ -62,8 +62,8 @@ def selected_log_probs(
         temperature: above 0; divides the logits.
         entropy: the entropy too. Its gradient computes the logits again.
         chunk: tokens of the vocabulary in one piece of ``4 * chunk * (min(N, 1024) + E)`` bytes. Default: 32 MiB.
-        backend: "torch", "triton", or "auto": Triton on a GPU of capability 8 or more, unless the forward pass has to
-            keep ``p @ W`` (frozen head, gradient of hidden), which is torch's.
+        backend: "torch", "triton", or "auto": Triton for half precision on a GPU of capability 8 or more, unless the
+            forward pass has to keep ``p @ W`` (frozen head, gradient of hidden), which is torch's.
 
     Returns:
         LogProbs. A row of hidden with a NaN gives NaN.
@@ -151,7 +151,7 @@ def _forward(hidden, weight, bias, targets, how: How) -> Scan:
         return scan_vocabulary(hidden, weight, bias, targets[:, None], how)
     from stkit_kernels.logprob_triton import scan_in_triton
 
-    return scan_in_triton(hidden, weight, bias, targets, how.temperature)
+    return scan_in_triton(hidden, weight, bias, targets, how.temperature, how.entropy)
 
 
 def _choose(backend: str, hidden: torch.Tensor, ready: bool) -> str:
@@ -160,6 +160,8 @@ def _choose(backend: str, hidden: torch.Tensor, ready: bool) -> str:
     if backend == "torch" or (backend == "auto" and (hidden.device.type != "cuda" or ready)):
         return "torch"
     reason = triton_obstacle(hidden.device, hidden.dtype)
+    if not reason and hidden.device.type == "cuda" and hidden.dtype not in HALF:
+        reason = "exact products of float32 have no tensor cores, cuBLAS is faster"
     if backend == "triton" and reason:
         raise ValueError(f"backend 'triton' cannot be used: {reason}; use 'auto'")
     return "torch" if reason else "triton"

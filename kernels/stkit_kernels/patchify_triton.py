@@ -1,7 +1,9 @@
 """Frames to patches on a GPU: bytes in, normalised patches out, one launch and nothing between.
 
-``patchify`` calls it. Each program writes a part of one row, so writes are whole lines; what a patch leaves of a line that
-was read comes from the cache for its neighbours. Not run on a GPU: equal to the torch version in Triton's interpreter, and compiled by ``make kernels``.
+``patchify`` calls it. Each program writes a part of one row, so writes are whole lines; a patch's neighbours find in
+the cache what it left of the lines that it read.
+
+Not run on a GPU: equal to the torch version in Triton's interpreter, and compiled by ``make kernels``.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Qwen's towers attend within windows: Qwen2.5-VL within squares of a frame (and in a few layers within whole frames),
 Qwen2-VL and Qwen3-VL within frames. Transformers' path without flash attention calls the attention once a window, in
-a Python loop, in every layer: 16 frames of 360x420 are 448 calls of 64 tokens or fewer. Here windows of one length are
-one batch, grouped once a video and the same in every layer::
+a Python loop, in every layer: for 32 frames of 360x420 these are 256 calls a layer. Here windows of one length are one
+batch (4 calls there), grouped once a video and the same in every layer::
 
     features = encode_video(model, inputs)
     model(..., mm_encoder_outputs={"video": features})
@@ -152,7 +152,7 @@ def _attend_in_batches(
     windows: Windows = grouped(cu_seqlens)
     count, (cos, sin) = len(hidden_states), position_embeddings
     if windows.order is not None:
-        hidden_states, cos, sin = (tensor[windows.order] for tensor in (hidden_states, cos, sin))
+        hidden_states, cos, sin = (x.index_select(0, windows.order) for x in (hidden_states, cos, sin))
     qkv = attn.qkv(hidden_states).reshape(count, 3, attn.num_heads, -1)
     query_key, value = _rotated(qkv[:, :2], cos, sin), qkv[:, 2]
     found, start = [], 0
@@ -169,7 +169,7 @@ def _attend_in_batches(
         found.append(out.reshape(number * length, -1))
         start = rows.stop
     out = attn.proj(torch.cat(found) if len(found) > 1 else found[0])
-    return out if windows.back is None else out[windows.back]
+    return out if windows.back is None else out.index_select(0, windows.back)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The small Triton kernels (log-probabilities, patches): equal in the interpreter, and compiled for cards that are absent.
+"""The small Triton kernels (log-probabilities, patches): equal in the interpreter, and compiled for absent cards.
 
 The interpreter must be switched on before triton is imported, and pytest's workers share their process, so all cases of
 a kind run in one child process and come back as numbers. Not run on a GPU.

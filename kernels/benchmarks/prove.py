@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/prove.py --out runs/kernels
 
-Writes ``kernels.json`` and ``kernels.md``: (1) results and gradients against a dense oracle, in Triton's interpreter;
-(2) every kernel compiled ahead of time for every card: registers, spills, shared memory; (3) blocks visited against the
-fewest that could do. Exits with 1, naming each proof that failed.
+Writes ``kernels.json`` and ``kernels.md``: (1) tree attention and its gradients against a dense oracle, in Triton's
+interpreter; (2) every kernel compiled ahead of time for every card: registers, spills, shared memory; (3) blocks visited
+against the fewest that could do. Exits with 1, naming each proof that failed.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 import triton
-from stkit_kernels import triton_tree
+from stkit_kernels import logprob_triton, patchify_triton, triton_tree
 from stkit_kernels.aot import CAPABILITIES, SHARED_LIMIT_BYTES, compile_kernel
 from tree_equality import RESULTS, TOLERANCE, Nodes, tree
 
 # modules that offer aot_cases()
-PROOFS = (triton_tree,)
+PROOFS = (triton_tree, logprob_triton, patchify_triton)
 
 TREES: dict[str, Nodes] = {
     "GRPO group: prompt 403, 8 rollouts of 64": ((403, -1), *((64, 0),) * 8),
@@ -157,14 +157,14 @@ def markdown(proof: dict) -> str:
         "# What is proven of the Triton kernels without a GPU",
         "\n".join(f"- {name}: {value}" for name, value in proof["machine"].items()),
         "## Equal to a dense oracle",
-        "Largest absolute differences from a masked softmax in float64, in Triton's interpreter, inputs embedded in NaN."
-        f" Goal, relative to the largest value: {TOLERANCE['float32']:.0e} in float32, {TOLERANCE['float16']:.1e} in "
+        "Largest absolute differences from a masked softmax in float64, in Triton's interpreter, inputs amid NaN. "
+        f"Goal, relative to the largest value: {TOLERANCE['float32']:.0e} in float32, {TOLERANCE['float16']:.1e} in "
         "float16. The rows 'loops' are relative: without its blocks each loop's results are wrong, so each loop ran. "
         "bfloat16 is compiled below but not run: the interpreter gets it wrong.",
         table("case | T | out | lse | dq | dk | dv | ok", equal),
         "## Compiled ahead of time",
-        "Goal: no spills, shared memory within what a block may take. Spills are bytes of a thread, shared memory those "
-        "of a block. Pointers and strides are taken to be multiples of 16, as torch's are; T is not.",
+        "Goal: no spills, shared memory within what a block may take. Spills are bytes of a thread, shared memory "
+        "is a block's. Pointers and strides are taken to be multiples of 16, as torch's are; T is not.",
         table("kernel | card | tile | warps | stages | registers | spills | shared | limit | ok", compiled),
         "## Blocks visited",
         "Pairs of blocks. Ideal: visible pairs of tokens / size of a block; needed: counted over the dense mask; "

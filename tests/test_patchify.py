@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from memory import peak_bytes
-from stkit_kernels.patchify import BLOCK, choose_backend, patchify
+from stkit_kernels.patchify import choose_backend, patchify
 from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -76,12 +76,13 @@ def test_bytes_that_begin_anywhere_in_memory_give_the_same_patches(patch):
         assert torch.equal(patchify(flat[offset:].view(frames.shape), patch, 2, 2, MEAN, STD), expected)
 
 
-def test_more_rows_than_one_block_are_normalised_alike():
-    frames = noise(2, 4 * 28, 40 * 28)
-    rows = patchify(frames, 14, 2, 2, MEAN, STD)
-    assert len(rows) > BLOCK
-    half = patchify(frames[:, :, : 20 * 28], 14, 2, 2, MEAN, STD)
-    assert torch.equal(rows.view(4, 40, -1)[:, :20], half.view(4, 20, -1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_several_blocks_are_normalised_alike(dtype, monkeypatch):
+    frames = noise(4, 84, 84)
+    whole = patchify(frames, 14, 2, 2, MEAN, STD, dtype)
+    monkeypatch.setattr("stkit_kernels.patchify.BLOCK", 10)
+    assert len(whole) % 10
+    assert torch.equal(patchify(frames, 14, 2, 2, MEAN, STD, dtype), whole)
 
 
 def test_floats_are_made_once_and_nowhere_but_in_the_result():

@@ -15,8 +15,8 @@ so with a frozen head (LoRA) the backward pass is ready after the forward pass: 
 plain way, and no logits computed again. For a head that is trained they are computed again, once, in the backward pass.
 
 torch 2.14 has ``linear_cross_entropy(reduction="none")``, which computes the logits again for any head and has neither
-temperature nor entropy nor float32 results for half precision. Forward and backward pass, frozen head, V 152,000, E 512,
-N 1024, float32, CPU seconds of one thread of an EPYC (median of 5) and peak above the inputs:
+temperature nor entropy nor float32 results for half precision. Forward and backward pass, frozen head, V 152,000, E
+512, N 1024, float32, CPU seconds of one thread of an EPYC (median of 5) and peak above the inputs:
 
     all logits 5.0 s, 1781 MiB; torch's with its best chunks (256 rows) 5.9 s, 149 MiB; this one 3.5 s, 23 MiB
 """

@@ -8,12 +8,10 @@ batch (4 calls there), grouped once a video and the same in every layer::
     features = encode_video(model, inputs)
     model(..., mm_encoder_outputs={"video": features})
 
-How: Transformers' own forward pass runs on a *view* of the tower, a shallow copy that shares every weight and hook, in
-which the attention and the patch embedding are ours. The model itself is never altered, so there is nothing to restore
-after an exception, two threads don't meet, and a checkpointed layer is computed again with the attention it had.
+How: Transformers' own forward pass runs on a view of the tower (see :mod:`stkit.vlm.views`) in which the attention and
+the patch embedding are ours.
 """
 
-import copy
 import functools
 import math
 import sys
@@ -26,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..runtime import BadUse, StkitError
 from .video import VideoInputs
+from .views import active, view
 
 
 def encode_video(model, video: VideoInputs | None, grad: bool | None = None):
@@ -54,13 +53,13 @@ def encode_video(model, video: VideoInputs | None, grad: bool | None = None):
         return None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     core = getattr(base, "model", None)
-    tower = _active(getattr(core, "visual", None))
+    tower = active(getattr(core, "visual", None))
     if not hasattr(tower, "blocks") or not hasattr(tower, "patch_embed"):
         raise StkitError(f"{type(base).__name__} has no vision tower of a Qwen-VL: give a Qwen2-VL, 2.5-VL or 3-VL")
     pixels, grid = _checked(tower, video)
     graph = _graph_wanted(tower, grad)
     with torch.set_grad_enabled(graph):
-        features = _view(core, visual=_batched(tower)).get_video_features(pixels, grid, return_dict=True)
+        features = view(core, visual=_batched(tower)).get_video_features(pixels, grid, return_dict=True)
     if not all(part.isfinite().all() for part in features.pooler_output):
         dtype = str(features.pooler_output[0].dtype).removeprefix("torch.")
         advice = "load the model in float32 or bfloat16" if dtype == "float16" else "look for NaN among its weights"
@@ -112,12 +111,12 @@ def _batched(tower: nn.Module) -> nn.Module:
     children = {}
     embed = tower.patch_embed
     if type(embed.proj) is nn.Conv3d:  # with LoRA on it, it is more than its weight, and stays as it is
-        children["patch_embed"] = _view(embed, _embed_patches)
+        children["patch_embed"] = view(embed, _embed_patches)
     if "flash" not in tower.config._attn_implementation:
         grouped = functools.cache(group_windows)  # by identity, as tensors are hashed: once a video, not once a layer
-        blocks = (_view(b, attn=_view(_active(b.attn), _attend_in_batches, grouped)) for b in tower.blocks)
+        blocks = (view(b, attn=view(active(b.attn), _attend_in_batches, grouped)) for b in tower.blocks)
         children["blocks"] = nn.ModuleList(blocks)
-    return _view(tower, **children)
+    return view(tower, **children)
 
 
 def _embed_patches(embed: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -185,29 +184,6 @@ def _interface(attn: nn.Module):
     if name == "eager":  # the only one that is not registered: each family has its own
         return sys.modules[type(attn).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _view(module: nn.Module, forward=None, *bound, **children: nn.Module) -> nn.Module:
-    """A shallow copy of a module: weights and hooks are shared, ``children`` replace its own of that name.
-
-    ``forward``: what runs in place of its class's, with the view and ``bound`` as its first arguments.
-    """
-    view = copy.copy(module)
-    view._modules = module._modules | children
-    if "_old_forward" in vars(module):  # accelerate's hooks hold the module itself
-        view._old_forward = functools.partial(forward or type(module).forward, view, *bound)
-        view.forward = functools.partial(module.forward.func, view)
-    elif forward is not None:
-        view.forward = functools.partial(forward, view, *bound)
-    return view
-
-
-def _active(module):
-    """What a module stands for, where peft trains a whole copy of it (``modules_to_save``)."""
-    if not hasattr(module, "modules_to_save"):
-        return module
-    own = module.disable_adapters or not module.active_adapters
-    return module.original_module if own else module.modules_to_save[module.active_adapters[0]]
 
 
 def _graph_wanted(tower: nn.Module, grad: bool | None) -> bool:

@@ -1,4 +1,5 @@
 # make demo: from nothing to runs/demo/report.html.   make test: the whole test suite.   Both set up .venv first.
+# make bench: against plain Transformers.   make bench-sweep: how cost grows.   make kernels: the Triton kernels' proofs.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 DEMO_CLIPS ?= 40
 TESTS ?= tests
 
-.PHONY: setup demo test notebooks clean
+.PHONY: setup demo test bench bench-sweep kernels notebooks clean
 
 setup: $(VENV)/ready
 
@@ -25,6 +26,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+bench: setup   # under 25 minutes on 2 cores, on a machine that does nothing else
+	$(BIN)/python -W ignore kernels/benchmarks/bench.py --out runs/bench
+
+bench-sweep: setup
+	$(BIN)/python -W ignore kernels/benchmarks/sweep.py --out runs/bench-sweep
+
+kernels: setup
+	$(BIN)/python kernels/benchmarks/prove.py --out runs/kernels
 
 notebooks: setup   # run them anew and keep the outputs
 	cd notebooks && ../$(BIN)/jupyter execute --NotebookClient.record_timing=False --inplace *.ipynb && \

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from memory import peak_bytes
+from stkit_kernels.memory import peak_bytes
 from stkit_kernels import backends
 from stkit_kernels.backends import NAMES, Primitive, choose_backend, obstacle, primitive
 from stkit_kernels.cascade import cascade_attention, merge

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory import LiveStorages, peak_bytes
+from stkit_kernels.memory import LiveStorages, peak_bytes
 from stkit_kernels import logprob_torch
 from stkit_kernels.logprob import log_probs_of, selected_log_probs
 from torch._subclasses.fake_tensor import FakeTensorMode

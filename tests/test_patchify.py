@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from memory import peak_bytes
+from stkit_kernels.memory import peak_bytes
 from stkit_kernels.patchify import choose_backend, patchify
 from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 

@@ -201,7 +201,7 @@ def patchify_rows(small: bool) -> list[dict]:
     """uint8 frames to patches, against Transformers' video processor, and what both hold meanwhile."""
     theirs = Qwen2VLVideoProcessor()
     frames = torch.randint(0, 256, (2 if small else 32, 224, 280, 3), dtype=torch.uint8)
-    planes = frames.permute(0, 3, 1, 2).contiguous()
+    planes = frames.permute(0, 3, 1, 2)  # as a decoder gives them, in the order that Transformers wants
 
     def peer():
         return theirs([planes], do_resize=False, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]

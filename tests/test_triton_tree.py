@@ -225,6 +225,22 @@ def test_the_interpreter_refuses_bfloat16_which_it_gets_wrong_and_a_log_sum_exp_
     assert "lse of torch.float32 (1, 1, 2)" in other
 
 
+EXPANDED = """
+import torch
+from stkit_kernels.triton_tree import plan_blocks, tree_attention_backward, tree_attention_forward
+q = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+blocks = plan_blocks(torch.tensor([5, 5, 3, 5, 5]), 16, 16)
+out, lse = tree_attention_forward(q, q, q, blocks, 0.25)
+thin = torch.ones(()).expand_as(out)
+pairs = [tree_attention_backward(grad, q, q, q, out, lse, blocks, 0.25) for grad in (thin, thin.contiguous())]
+print(*(bool(a.any()) and torch.equal(a, b) for a, b in zip(*pairs)))
+"""
+
+
+def test_the_gradient_of_a_sum_is_taken_though_it_has_no_strides():
+    assert child(["-c", EXPANDED], interpret=True).split() == ["True"] * 3
+
+
 def test_one_table_cuts_every_head_size():
     for size in triton_tree.HEAD_SIZES:
         assert min(tile_of(size)) >= 32

@@ -13,6 +13,7 @@ tests and for stepping through. ``make kernels`` compiles it for the cards of ``
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -175,7 +176,7 @@ def tree_attention_forward(
     Args:
         q: ``(1, H, T, D)``, float16 or bfloat16 (float32 for tests); D one of ``HEAD_SIZES``.
         k, v: ``(1, KV, T, D)`` with H a multiple of KV: query head h reads key/value head ``h // (H // KV)``.
-            Any strides, as long as the last is 1; no padding.
+            Any strides, as long as the last is 1 (those that 16 doesn't divide are slower: narrow loads); no padding.
         blocks: from ``plan_blocks``, on the same device.
         scale: of the scores, usually ``D ** -0.5``.
 
@@ -189,10 +190,11 @@ def tree_attention_forward(
     heads, count, size = q.shape[1:]
     out = _like(q)
     lse = q.new_empty((1, heads, count), dtype=torch.float32)
-    tree_forward[(len(blocks.key_masked), heads)](
-        q, k, v, out, lse, blocks.end, blocks.key_offsets, blocks.key_masked, blocks.key_index,
-        scale, count, heads // k.shape[1], *_strides(q, k, v, out), **_constants("forward", size, blocks),
-    )  # fmt: skip
+    with _device_of(q):
+        tree_forward[(len(blocks.key_masked), heads)](
+            q, k, v, out, lse, blocks.end, blocks.key_offsets, blocks.key_masked, blocks.key_index,
+            scale, count, heads // k.shape[1], *_strides(q, k, v, out), **_constants("forward", size, blocks),
+        )  # fmt: skip
     return out, lse
 
 
@@ -223,21 +225,24 @@ def tree_attention_backward(
     _check({"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}, blocks)
     heads, count, size = q.shape[1:]
     kv_heads = k.shape[1]
-    if lse.shape != (1, heads, count) or lse.dtype != torch.float32 or not lse.is_contiguous():
-        raise ValueError(f"lse of {lse.dtype} {tuple(lse.shape)}: give the one that the forward pass returned")
+    wanted = (1, heads, count), torch.float32, q.device
+    if (lse.shape, lse.dtype, lse.device) != wanted or not lse.is_contiguous():
+        kind = f"{lse.dtype} {tuple(lse.shape)} on {lse.device}"
+        raise ValueError(f"lse of {kind}: give the one that the forward pass returned")
     delta, dq, dk, dv = torch.empty_like(lse), _like(q), _like(k), _like(v)
     constants = _constants("delta", size, blocks)
     del constants["BLOCK_K"]
-    tree_delta[(len(blocks.key_masked), heads)](out, grad_out, delta, count, *_strides(out, grad_out), **constants)
-    tree_dkdv[(len(blocks.query_masked), kv_heads)](
-        q, k, v, grad_out, dk, dv, lse, delta,
-        blocks.end, blocks.query_offsets, blocks.query_masked, blocks.query_index,
-        scale, count, heads // kv_heads, *_strides(q, k, v, grad_out, dk, dv), **_constants("dkdv", size, blocks),
-    )  # fmt: skip
-    tree_dq[(len(blocks.key_masked), heads)](
-        q, k, v, grad_out, dq, lse, delta, blocks.end, blocks.key_offsets, blocks.key_masked, blocks.key_index,
-        scale, count, heads // kv_heads, *_strides(q, k, v, grad_out, dq), **_constants("dq", size, blocks),
-    )  # fmt: skip
+    with _device_of(q):
+        tree_delta[(len(blocks.key_masked), heads)](out, grad_out, delta, count, *_strides(out, grad_out), **constants)
+        tree_dkdv[(len(blocks.query_masked), kv_heads)](
+            q, k, v, grad_out, dk, dv, lse, delta,
+            blocks.end, blocks.query_offsets, blocks.query_masked, blocks.query_index,
+            scale, count, heads // kv_heads, *_strides(q, k, v, grad_out, dk, dv), **_constants("dkdv", size, blocks),
+        )  # fmt: skip
+        tree_dq[(len(blocks.key_masked), heads)](
+            q, k, v, grad_out, dq, lse, delta, blocks.end, blocks.key_offsets, blocks.key_masked, blocks.key_index,
+            scale, count, heads // kv_heads, *_strides(q, k, v, grad_out, dq), **_constants("dq", size, blocks),
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -263,6 +268,11 @@ def aot_cases() -> list[tuple]:
         named = f"tree {name} D={size} {dtype}"
         cases.append((named, kernel, signature, constants, tile.warps[name], tile.stages[name], divisible))
     return cases
+
+
+def _device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:

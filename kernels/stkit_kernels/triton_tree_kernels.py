@@ -7,6 +7,7 @@ are float32, products take the inputs' type.
 
 Names: T tokens, GROUP query heads for one key/value head, HEAD the head size, BLOCK_D the power of two that holds it.
 Pointers come with their strides over heads and over tokens; the head dimension is dense.
+T and GROUP aren't specialised: for a T that 16 divides Triton would compile anew, and run what no proof saw.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with the key blocks of a list in place of all of them.
 """
@@ -47,7 +48,7 @@ def head_of(base, head, stride):
     return base + head.to(tl.int64) * stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "GROUP"])
 def tree_forward(
     q, k, v, out, lse, end, offsets, masked, index, scale, T, GROUP,
     q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row,
@@ -96,7 +97,7 @@ def forward_step(
     return acc, total * shrink + tl.sum(weights, 1), new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def tree_delta(
     out, grad_out, delta, T, out_head, out_row, grad_head, grad_row,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -109,7 +110,7 @@ def tree_delta(
     tl.store(delta + head * T + rows, tl.sum(left.to(tl.float32) * right.to(tl.float32), 1), mask=rows < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "GROUP"])
 def tree_dkdv(
     q, k, v, grad_out, dk, dv, lse, delta, end, offsets, masked, index, scale, T, GROUP,
     q_head, q_row, k_head, k_row, v_head, v_row, grad_head, grad_row, dk_head, dk_row, dv_head, dv_row,
@@ -160,7 +161,7 @@ def dkdv_step(
     return tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee"), grad_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "GROUP"])
 def tree_dq(
     q, k, v, grad_out, dq, lse, delta, end, offsets, masked, index, scale, T, GROUP,
     q_head, q_row, k_head, k_row, v_head, v_row, grad_head, grad_row, dq_head, dq_row,

@@ -15,6 +15,7 @@ import torch
 
 from ..runtime import BadUse, StkitError, child_seed
 from .attention import TreeAttention, pack_for, tree_forward, with_tree_attention
+from .few_rows import product, with_few_rows
 from .kvcache import TreeCache
 from .logps import head_weight
 from .tree import trie
@@ -150,6 +151,8 @@ class _Decoder:
         self.language, self.embed = with_tree_attention(model), base_model(model).get_input_embeddings()
         self.head, self.device = head_weight(model), self.embed.weight.device
         self.position = position.to(self.device)
+        if self.device.type == "cpu":
+            self.language = with_few_rows(self.language)
 
     def run(self, hidden: torch.Tensor, names: Sequence[tuple]) -> list[Rollout]:
         """Decode all to their end; ``hidden`` ``(R, E)`` predicts the first token of each."""
@@ -162,7 +165,8 @@ class _Decoder:
         self.cache.start()
         while True:
             step = self.cache.step
-            tokens, chosen = choose_tokens(hidden @ self.head.T, how, draws[alive, step], [thinks[r].next for r in alive])
+            logits = product(self.head, hidden).T.contiguous()
+            tokens, chosen = choose_tokens(logits, how, draws[alive, step], [thinks[r].next for r in alive])
             log_probs[alive, step] = chosen.float().cpu()
             going = []
             for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
@@ -244,22 +248,22 @@ def choose_tokens(
         StkitError: logits that are not numbers.
     """
     logits = logits.float()
-    if torch.isnan(logits).any():
-        raise StkitError("the logits hold NaN: look for NaN in the head's weights")
-    filtered = logits if how.greedy else filter_logits(logits / how.temperature, how.top_k, how.top_p)
-    log_p = torch.log_softmax(filtered, -1)
+    warmed = logits if how.greedy else logits / how.temperature
+    shares = torch.softmax(warmed if how.greedy else filter_logits(warmed, how.top_k, how.top_p), -1)
     if how.greedy:
-        tokens = log_p.argmax(-1)
+        tokens = shares.argmax(-1)
     else:
-        reached = log_p.double().exp().cumsum(-1)
+        reached = shares.cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(reached, (draws * reached[:, -1])[:, None], right=True)[:, 0]
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     given = torch.tensor(forced, device=logits.device)
     tokens = torch.where(given >= 0, given, tokens)
-    chosen = log_p.gather(-1, tokens[:, None])[:, 0]
-    if (given >= 0).any():  # what was put there may lie outside of top-k and top-p: its log-prob is the model's own
-        plain = torch.log_softmax(logits if how.greedy else logits / how.temperature, -1)
+    chosen = shares.gather(-1, tokens[:, None])[:, 0].log()
+    if max(forced) >= 0:  # what was put there may lie outside of top-k and top-p: its log-prob is the model's own
+        plain = torch.log_softmax(warmed, -1)
         chosen = torch.where(given >= 0, plain.gather(-1, tokens[:, None])[:, 0], chosen)
+    if torch.isnan(chosen).any():
+        raise StkitError("the logits hold NaN: look for NaN in the head's weights")
     return tokens, chosen
 
 

@@ -2,7 +2,7 @@
 
 While the prompts are computed the cache attends by the cascade and keeps each node's keys and values. While rollouts are
 decoded, one token each at a time, a query meets the keys of every node on its path (shared with all rollouts there) and
-those of its own rollout; the parts are merged by their log-sum-exp. Nothing is copied for a group and nothing grows:
+those of its own rollout, under one softmax. Nothing is copied for a group and nothing grows:
 rollouts have their room from the start, and those that have ended leave it to the others.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from stkit_kernels.cascade import merge
 
 from .attention import TreeAttention
 from .tree import Packed
@@ -24,7 +23,8 @@ class Shelf:
 
     nodes: their numbers. rows: int64 ``(n, L)``, their tokens in the packed tree, the last one repeated as filling.
     mask: float32 ``(n, 1, 1, L)``, minus infinity on filling, or None. keys, values: by layer, ``(n, KV, L, D)``.
-    index: int64 ``(n, R')``, the rollouts that see each node, filled up too. real: which of ``index`` are no filling.
+    index: int64 ``(n, R')``, the rollouts that see each node, filled up too; None for one node that all see. real: which of
+    ``index`` are no filling, and places, the rollouts there. column: where the scores on its keys stand.
     """
 
     nodes: list[int]
@@ -32,8 +32,38 @@ class Shelf:
     mask: torch.Tensor | None
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    column: int = 0
     index: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+
+    def score(self, scores: torch.Tensor, folded: torch.Tensor, layer: int) -> None:
+        """Write the scores of queries ``(R, KV, g, D)`` on this shelf's keys into their columns ``(R, KV, g, ...)``."""
+        count, length = self.rows.shape
+        columns = scores[..., self.column : self.column + length]
+        found = self._taken(folded) @ self.keys[layer].transpose(-1, -2)
+        if self.mask is not None:
+            found += self.mask.to(found.dtype)
+        found = found.unflatten(2, (-1, folded.shape[2])).transpose(1, 2)
+        if self.index is None:
+            columns.copy_(found[0])
+        else:
+            columns[self.places] = found.flatten(0, 1)[self.real].to(scores.dtype)
+
+    def add(self, out: torch.Tensor, shares: torch.Tensor, layer: int) -> None:
+        """Add this shelf's values ``(n, KV, L, D)``, by their shares, to ``out (R, KV, g, D)``."""
+        taken = self._taken(shares[..., self.column : self.column + self.rows.shape[1]])
+        found = (taken @ self.values[layer]).unflatten(2, (-1, out.shape[2])).transpose(1, 2)
+        if self.index is None:
+            out += found[0]
+        else:
+            out[self.places] += found.flatten(0, 1)[self.real]  # a rollout sees one node of a shelf
+
+    def _taken(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to each node's rollouts, ``(R, KV, g, ...)`` as ``(n, KV, R' * g, ...)``."""
+        if self.index is None:
+            return x.transpose(0, 1).flatten(1, 2)[None]
+        return x[self.index].transpose(1, 2).flatten(2, 3)
 
     def seat(self, beneath: list[list[int]], total: int) -> None:
         """Say which of ``total`` rollouts see each node."""
@@ -41,8 +71,11 @@ class Shelf:
         filled = [[*rows, *[rows[-1] if rows else 0] * (widest - len(rows))] for rows in beneath]
         kept = [[k < len(rows) for k in range(widest)] for rows in beneath]
         every = len(beneath) == 1 and filled[0] == list(range(total))
-        self.index = None if every else torch.tensor(filled, dtype=torch.long, device=self.rows.device)
-        self.real = None if every else torch.tensor(kept, device=self.rows.device).flatten().nonzero().flatten()
+        self.index = self.real = self.places = None
+        if not every:
+            self.index = torch.tensor(filled, dtype=torch.long, device=self.rows.device)
+            self.real = torch.tensor(kept, device=self.rows.device).flatten().nonzero().flatten()
+            self.places = self.index.flatten()[self.real]
 
 
 class TreeCache:
@@ -57,7 +90,7 @@ class TreeCache:
     def __init__(self, packed: Packed, ends: Sequence[int], attention: TreeAttention, max_new_tokens: int):
         self.packed, self.ends, self.attention = packed, list(ends), attention
         self.room, self.step, self.decoding = max_new_tokens, 0, False
-        self.shelves = _shelves(packed, self.ends, attention.plan.end.device)
+        self.shelves, self.width = _shelves(packed, self.ends, attention.plan.end.device)
         self.keys: list[torch.Tensor] = []  # of the rollouts, by layer: (R, KV, max_new_tokens, D)
         self.values: list[torch.Tensor] = []
         self._seat()
@@ -113,72 +146,45 @@ class TreeCache:
             rooms.append(torch.empty(shape, dtype=key.dtype, device=key.device))
 
     def _decode(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """One softmax over the scores on all parts of each path; shelves of one depth share their columns of scores."""
         rollouts, heads, _, size = query.shape
         kv, length = key.shape[1], self.step + 1
         self.keys[layer][:, :, self.step] = key[:, :, 0]
         self.values[layer][:, :, self.step] = value[:, :, 0]
         folded = query.reshape(rollouts, kv, heads // kv, size)  # heads that share keys are rows of one product
-        own = (room[layer][:, :, :length] for room in (self.keys, self.values))
-        out, lse = attend_small(folded, *own, None, scale)
+        keys, values = (room[layer][:, :, :length] for room in (self.keys, self.values))
+        shape = (rollouts, kv, heads // kv, self.width + length)
+        scores = torch.full(shape, float("-inf"), device=query.device)
+        scores[..., self.width :] = folded @ keys.transpose(-1, -2)
         for shelf in self.shelves:
-            if shelf.index is not None and not shelf.index.numel():
-                continue  # all that saw these nodes have ended
-            _merge_shelf(out, lse, folded, shelf, layer, scale)
-        return out.reshape(rollouts, heads, 1, size).to(query.dtype)
+            shelf.score(scores, folded, layer)
+        shares = torch.softmax(scores.mul_(scale), -1).to(value.dtype)
+        out = shares[..., self.width :] @ values
+        for shelf in self.shelves:
+            shelf.add(out, shares, layer)
+        return out.reshape(rollouts, heads, 1, size)
 
 
-def attend_small(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of few queries: ``(n, KV, M, D)`` on ``(n, KV, L, D)``; output and log-sum-exp ``(n, KV, M)`` in float32.
-
-    Two matrix products: at a handful of queries a key block's scores are small, and no primitive is faster.
-    """
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if mask is not None:
-        scores += mask
-    top = scores.amax(-1, keepdim=True)
-    scores.sub_(top).exp_()
-    total = scores.sum(-1, keepdim=True)
-    return (scores.to(v.dtype) @ v).float() / total, (top + total.log())[..., 0]
-
-
-def _merge_shelf(out, lse, folded, shelf: Shelf, layer: int, scale: float) -> None:
-    """Merge the part of the softmax that is on a shelf's keys into ``out (R, KV, g, D)`` and ``lse (R, KV, g)``."""
-    count, kv, groups = shelf.rows.shape[0], folded.shape[1], folded.shape[2]
-    if count == 1 and shelf.index is None:
-        queries = folded.transpose(0, 1).flatten(1, 2)[None]
-    else:
-        queries = folded[shelf.index].transpose(1, 2).flatten(2, 3)
-    part, part_lse = attend_small(queries, shelf.keys[layer], shelf.values[layer], shelf.mask, scale)
-    part = part.unflatten(2, (-1, groups)).transpose(1, 2).flatten(0, 1)
-    part_lse = part_lse.unflatten(2, (-1, groups)).transpose(1, 2).flatten(0, 1)
-    if shelf.index is None:
-        merge(out, lse, part, part_lse)
-        return
-    places = shelf.index.flatten()[shelf.real]
-    rows, rows_lse = out[places], lse[places]
-    merge(rows, rows_lse, part[shelf.real], part_lse[shelf.real])
-    out[places], lse[places] = rows, rows_lse
-
-
-def _shelves(packed: Packed, ends: Sequence[int], device: torch.device) -> list[Shelf]:
-    """The nodes on the rollouts' paths, by depth and length."""
+def _shelves(packed: Packed, ends: Sequence[int], device: torch.device) -> tuple[list[Shelf], int]:
+    """The nodes on the rollouts' paths, by depth and length, and how many columns their scores take."""
     used = {node for end in set(ends) for node in packed.ancestry(end)}
     by_depth: dict[int, list[int]] = {}
     for node in sorted(used):
         by_depth.setdefault(len(packed.ancestry(node)), []).append(node)
-    groups: list[list[int]] = []
     lengths = [piece.stop - piece.start for piece in packed.slices]
+    shelves, width = [], 0
     for nodes in by_depth.values():
-        nodes = sorted(nodes, key=lambda k: -lengths[k])
-        groups.append([])
-        for node in nodes:
+        groups: list[list[int]] = [[]]
+        for node in sorted(nodes, key=lambda k: -lengths[k]):
             if groups[-1] and lengths[node] < ALIKE * lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(node)
-    return [_shelf(packed, sorted(group), lengths, device) for group in groups]
+        shelves += [_shelf(packed, sorted(group), lengths, width, device) for group in groups]
+        width += lengths[groups[0][0]]
+    return shelves, width
 
 
-def _shelf(packed: Packed, nodes: list[int], lengths: Sequence[int], device: torch.device) -> Shelf:
+def _shelf(packed: Packed, nodes: list[int], lengths: Sequence[int], column: int, device: torch.device) -> Shelf:
     longest = max(lengths[node] for node in nodes)
     starts = torch.tensor([packed.slices[node].start for node in nodes])[:, None]
     last = torch.tensor([lengths[node] for node in nodes])[:, None] - 1
@@ -186,4 +192,4 @@ def _shelf(packed: Packed, nodes: list[int], lengths: Sequence[int], device: tor
     mask = None
     if bool((offsets > last).any()):
         mask = torch.zeros(len(nodes), longest).masked_fill(offsets > last, float("-inf"))[:, None, None].to(device)
-    return Shelf(nodes, (starts + offsets.minimum(last)).to(device), mask, [], [])
+    return Shelf(nodes, (starts + offsets.minimum(last)).to(device), mask, [], [], column)

@@ -29,17 +29,27 @@ from stkit.runs import write_json
 from stkit.vlm import kvcache
 from stkit.vlm.generate import Sampling, generate
 
-REASONS = {}  # why a goal is not met, by row: filled where a profile has told (see README.md)
-
-
 def row(name: str, unit: str, peer: float, ours: float, goal: str, diff: float | None, ratio: float | None = None, **more) -> dict:
     """A line of the table. ``goal``: ">= 9" or "<= 1.05", of the ratio."""
     ratio = peer / ours if ratio is None else ratio
     sign, bound = goal.split()
     met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
-    reason = "" if met else REASONS.get(name, "not met, not yet profiled")
     return {"name": name, "unit": unit, "peer": peer, "ours": ours, "ratio": ratio, "goal": goal, "met": met,
-            "reason": reason, "max_abs_diff": diff} | more  # fmt: skip
+            "reason": "" if met else "not explained", "max_abs_diff": diff} | more  # fmt: skip
+
+
+def explain(found: dict, work: float, call: Callable, limits: measure.Machine) -> None:
+    """Say why a goal isn't met: where the time goes, and what the ratio would be at this machine's best rate of products.
+
+    ``work``: FLOPs of our call, forward and backward pass.
+    """
+    if found["met"]:
+        return
+    rate, best = work / found["ours"] / 1e9, work / limits.gflops / 1e9
+    found["reason"] = (
+        f"bound by arithmetic: a profile shows {measure.shares(call)}; it runs at {rate:.0f} GFLOP/s where a large product "
+        f"reaches {limits.gflops:.0f} here, and at that rate the ratio would be {found['peer'] / best:.1f}"
+    )
 
 
 def timed(name: str, peer: Callable, ours: Callable, repeats: int, goal: str, diff: float) -> dict:
@@ -50,10 +60,10 @@ def timed(name: str, peer: Callable, ours: Callable, repeats: int, goal: str, di
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+    return float((a.detach().double() - b.detach().double()).abs().max())
 
 
-def update_rows(s: Setting) -> list[dict]:
+def update_rows(s: Setting, limits: measure.Machine) -> list[dict]:
     """Forward and backward pass of one update, against both peers, and its memory."""
     calls = {k: getattr(peers, f"{k}_log_probs") for k in ("published", "lean", "tree")}
     found = {k: peers.update(s, call) for k, call in calls.items()}
@@ -73,6 +83,7 @@ def update_rows(s: Setting) -> list[dict]:
         rows.append(timed(f"update, G={s.sizes.group}, {label}", step(kind), step("tree"), repeats, goal, diff[kind]))
         rows[-1]["max_abs_diff_gradients"] = grads[kind]
         rows[-1]["flops_ratio"] = work[kind] / work["tree"]
+        explain(rows[-1], measure.flops(step("tree")), step("tree"), limits)
     peer, mine = (peak_bytes(step(kind)) / 1e6 for kind in ("published", "tree"))
     rows.append(row("update, peak memory (live tensors), as published", "MB", peer, mine, ">= 5", None))
     peer, mine = (measure.resident_mb(kind, s.sizes == SMALL) for kind in ("published", "tree"))
@@ -80,7 +91,7 @@ def update_rows(s: Setting) -> list[dict]:
     return rows
 
 
-def reference_rows(s: Setting) -> list[dict]:
+def reference_rows(s: Setting, limits: measure.Machine) -> list[dict]:
     """Log-probs without gradients and adapter."""
     calls = {k: getattr(peers, f"{k}_log_probs") for k in ("published", "lean", "tree")}
     found = {k: peers.reference(s, call) for k, call in calls.items()}
@@ -92,10 +103,11 @@ def reference_rows(s: Setting) -> list[dict]:
         diff = apart(found[kind], found["tree"])
         rows.append(timed(f"reference log-probs, {label}", *both, s.sizes.repeats, goal, diff))
         rows[-1]["flops_ratio"] = work[kind] / work["tree"]
+        explain(rows[-1], work["tree"], both[1], limits)
     return rows
 
 
-def rollout_rows(s: Setting) -> list[dict]:
+def rollout_rows(s: Setting, limits: measure.Machine) -> list[dict]:
     """A group of rollouts, and the bytes of the prompt's keys and values."""
     own = peers.tree_rollouts(s, greedy=True)[0]
     plain = s.model.generate(**peers.inputs_of(s, torch.tensor([s.prompt])), do_sample=False, max_new_tokens=s.sizes.new,
@@ -103,10 +115,28 @@ def rollout_rows(s: Setting) -> list[dict]:
     diff = float((own != plain).sum())  # tokens of a greedy rollout that differ
     both = (lambda: peers.published_rollouts(s)), (lambda: peers.tree_rollouts(s))
     rows = [timed(f"rollouts, G={s.sizes.group}, {s.sizes.new} new tokens", *both, s.sizes.repeats, ">= 2.5", diff)]
+    explain_decoding(rows[0], s, limits)
     token = 2 * s.sizes.layers * s.base.config.text_config.num_key_value_heads * s.head_size * 4
     copies = s.sizes.group * len(s.prompt) * token / 1e6  # what a cache expanded to the group holds
     rows.append(row("keys and values of the prompt", "MB", copies, stored_mb(s), f">= {s.sizes.group}", None))
     return rows
+
+
+def explain_decoding(found: dict, s: Setting, limits: measure.Machine) -> None:
+    """Say why decoding is no faster: each step reads every weight, whoever decodes."""
+    if found["met"]:
+        return
+    one = Sampling(max_new_tokens=1)
+    call = (lambda: peers.tree_rollouts(s)), (lambda: generate(s.model, [s.prompt], s.video, group=s.sizes.group, sampling=one))
+    prompt = measure.alternate(call[1], call[1], 3)[0].median
+    weights = sum(p.numel() for p in s.base.model.language_model.parameters()) * 4 / 1e9
+    step, least = (found["ours"] - prompt) / (s.sizes.new - 1), weights / limits.gbytes
+    best = found["peer"] / (prompt + (s.sizes.new - 1) * least)
+    found["reason"] = (
+        f"bound by memory: the prompt takes {prompt:.2f} s and each step {step * 1e3:.0f} ms, in which all {weights * 1e3:.0f} MB "
+        f"of weights are read for {s.sizes.group} rows, as by the peer; a profile shows {measure.shares(call[0])}; at the "
+        f"{limits.gbytes:.0f} GB/s of this machine a step takes {least * 1e3:.0f} ms at least, and the ratio would be {best:.1f}"
+    )
 
 
 def stored_mb(s: Setting) -> float:
@@ -218,12 +248,13 @@ def patchify_rows(small: bool) -> list[dict]:
 
 def every_row(sizes: Sizes, say: Callable) -> list[dict]:
     small = sizes == SMALL
-    s = make_setting(sizes)
+    s, limits = make_setting(sizes), measure.machine_limits()
+    say(f"this machine: {limits.gflops:.0f} GFLOP/s, {limits.gbytes:.0f} GB/s")
     parts = {
         "patchify": lambda: patchify_rows(small), "log-prob": lambda: [logprob_row(small)],
         "cascade": lambda: attend.rows(small, timed, row), "FLOPs": lambda: [flops_row(s)],
-        "reference": lambda: reference_rows(s), "rollouts": lambda: rollout_rows(s),
-        "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s),
+        "reference": lambda: reference_rows(s, limits), "rollouts": lambda: rollout_rows(s, limits),
+        "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s, limits),
     }  # fmt: skip
     found = []
     for name, part in parts.items():

@@ -123,4 +123,5 @@ def tree_letters(setting: Setting) -> torch.Tensor:
     loaded = Loaded(setting.model, None, {})
     with torch.no_grad():
         features = encode_video(setting.model, setting.video)
-    return torch.tensor(letter_log_probs(loaded, prompts, setting.video, features))
+    rows = letter_log_probs(loaded, prompts, setting.video, features)
+    return torch.stack([torch.from_numpy(row) for row in rows])

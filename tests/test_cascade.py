@@ -145,8 +145,13 @@ def test_equal_siblings_are_read_in_place():
     assert torch.equal(plan.calls[1].q.take(x)[2], x[76:89])
 
 
-def test_a_chain_is_one_call():
-    assert len(plan_tree(ends([5, 4, 3], [-1, 0, 1])).calls) == 1
+def test_a_chain_is_one_call_of_torchs_own():
+    end = ends([5, 4, 3], [-1, 0, 1])
+    assert len(plan_tree(end).calls) == 1
+    assert_equal_to_dense(end)
+    q, k, v, _ = tensors(len(end))
+    made = cascade_attention(q, k, v, plan_tree(end)).grad_fn
+    assert type(made).__name__ == "ScaledDotProductFlashAttentionForCpuBackward0"
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -49,6 +49,9 @@ def cascade_attention(
         if "mask" not in plan.cache:
             plan.cache["mask"] = visible_mask(plan.end)
         return dense_attention(q, k, v, plan.cache["mask"], scale)
+    if backend.name == "cpu-flash" and len(plan.segments) == 1:  # a chain: torch's own call of this very primitive
+        gqa = q.shape[1] != k.shape[1]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     attend = {"padded": _Padded, "varlen": _Variable, "triton": _Triton}[backend.style]
     out = attend.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), plan, scale, backend.name)
     return out.transpose(0, 1)[None]

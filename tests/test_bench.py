@@ -98,3 +98,14 @@ def test_the_tree_does_the_flops_of_its_distinct_tokens_and_copies_do_more(bench
     needed = bench.distinct_flops(s)
     done, copies = (measure.flops(lambda c=c: peers.reference(s, c)) for c in (peers.tree_log_probs, peers.lean_log_probs))
     assert needed == done < copies
+
+
+def test_the_readmes_figures_are_those_of_the_committed_run():
+    rows = committed()["rows"]
+
+    def ratio(start: str, part: str = "") -> str:
+        return f"{next(r['ratio'] for r in rows if r['name'].startswith(start) and part in r['name']):.1f}"
+
+    text = (ROOT / "README.md").read_text()
+    assert f"rotations {ratio('evaluation')}x as fast, a GRPO update {ratio('update', 'as published')}x as fast" in text
+    assert f"in 1/{ratio('update', 'live')} of the memory" in text

@@ -36,9 +36,10 @@ bench-sweep: setup
 kernels: setup
 	$(BIN)/python kernels/benchmarks/prove.py --out runs/kernels
 
-notebooks: setup   # run them anew and keep the outputs
-	cd notebooks && ../$(BIN)/jupyter execute --NotebookClient.record_timing=False --inplace *.ipynb && \
-	cd solutions && ../../$(BIN)/jupyter execute --NotebookClient.record_timing=False --inplace *.ipynb
+notebooks: setup   # run them anew and keep the outputs, without the times that jupyter writes beside them
+	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb && \
+	cd solutions && ../../$(BIN)/jupyter execute --inplace *.ipynb
+	$(BIN)/python tests/clean_notebooks.py notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from clean_notebooks import clean
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -27,7 +28,7 @@ def said(cell) -> str:
 
 
 def test_the_notebooks_and_their_solutions_are_there():
-    wanted = {"00_quickstart", "01_build_a_benchmark", "02_ask_a_model", "03_encode_once"}
+    wanted = {"00_quickstart", "01_build_a_benchmark", "02_ask_a_model", "03_encode_once", "07_kernels"}
     assert wanted <= {p.stem for p in NOTEBOOKS} == {p.stem for p in SOLUTIONS}
 
 
@@ -41,6 +42,24 @@ def test_committed_outputs_are_whole_counted_and_small(path):
     assert all(len(c.source.splitlines()) <= 40 for c in code_cells(notebook))
     text = json.dumps(notebook)
     assert "/root/" not in text and "/tmp/" not in text and "/work/" not in text, "a path of the author's machine"
+
+
+def test_cleaning_takes_times_and_versions_and_joins_what_was_printed_in_pieces():
+    pieces = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in (("stdout", "a"), ("stdout", "b\n"))]
+    pieces += [nbformat.v4.new_output("display_data", {"text/plain": "c"}), nbformat.v4.new_output("stream", name="stdout", text="d")]
+    pieces += [nbformat.v4.new_output("stream", name="stderr", text="e")]
+    cell = nbformat.v4.new_code_cell("x", outputs=pieces, metadata={"execution": {"shell": "today"}, "tags": ["volatile"]})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.11.7"}})
+    clean(notebook)
+    assert notebook.metadata.language_info == {"name": "python"} and cell.metadata == {"tags": ["volatile"]}
+    assert [o.get("text") or o.data["text/plain"] for o in cell.outputs] == ["ab\n", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_what_is_committed_is_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    clean(notebook)
+    assert nbformat.writes(notebook) + "\n" == path.read_text(encoding="utf-8"), "run 'make notebooks'"
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in NOTEBOOKS])

@@ -95,8 +95,8 @@ def evaluate(
         seed: of the "shuffled" control.
         blind: ask everything without frames too (letter mode), so that no accuracy stands alone.
         batch_size: questions of a clip that are asked and saved together; None for all. Results don't depend on it.
-        max_tokens: of a tree (a video with the questions on it) that is computed at once, which bounds the memory; results
-            don't depend on it.
+        max_tokens: of a tree (a video with the questions on it) that is computed at once, which bounds the memory;
+            results don't depend on it.
         sampling, frames, fps: as in :func:`stkit.sampling.sample_indices`; None for what the benchmark records, else 32
             uniform ones.
         max_pixels: of a frame; None for 360 * 420, or what the model's processor takes if that is less.

@@ -20,7 +20,9 @@ def result(tmp_path_factory) -> dict:
     command = [sys.executable, str(FOLDER / "bench.py"), "--small", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all((out / name).stat().st_size for name in ("bench.json", "bench.md", "ratios.png", "sweep.png", "report.html"))
+    assert all(
+        (out / name).stat().st_size for name in ("bench.json", "bench.md", "ratios.png", "sweep.png", "report.html")
+    )
     return json.loads((out / "bench.json").read_text())
 
 
@@ -96,7 +98,9 @@ def test_the_tree_does_the_flops_of_its_distinct_tokens_and_copies_do_more(bench
 
     s = setting.make_setting(setting.SMALL)
     needed = bench.distinct_flops(s)
-    done, copies = (measure.flops(lambda c=c: peers.reference(s, c)) for c in (peers.tree_log_probs, peers.lean_log_probs))
+    done, copies = (
+        measure.flops(lambda c=c: peers.reference(s, c)) for c in (peers.tree_log_probs, peers.lean_log_probs)
+    )
     assert needed == done < copies
 
 

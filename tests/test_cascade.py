@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from stkit_kernels.memory import peak_bytes
 from stkit_kernels import backends
 from stkit_kernels.backends import NAMES, Primitive, choose_backend, obstacle, primitive
 from stkit_kernels.cascade import cascade_attention, merge
+from stkit_kernels.memory import peak_bytes
 from stkit_kernels.plan import plan_tree
 from stkit_kernels.reference import dense_attention, visible_mask
 
@@ -239,7 +239,10 @@ def test_the_calls_for_a_t4_are_exact_with_a_twin_of_its_primitive(monkeypatch, 
         mask = None if bias is None else bias[:, :1, :1]
         return *backends._cpu_backward(grad, q, k, v, out, lse[..., : q.shape[2]], causal, mask, scale), None
 
-    calls = {"_scaled_dot_product_efficient_attention": forward, "_scaled_dot_product_efficient_attention_backward": backward}
+    calls = {
+        "_scaled_dot_product_efficient_attention": forward,
+        "_scaled_dot_product_efficient_attention_backward": backward,
+    }
     monkeypatch.setattr(backends, "aten", SimpleNamespace(**{n: getattr(torch.ops.aten, n) for n in (
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")}, **calls))  # fmt: skip
     assert_equal_to_dense(TREES[tree], backend=backends.Backend("aten-efficient", "twin", "padded"))

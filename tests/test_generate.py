@@ -31,7 +31,9 @@ def logits_after(family: str, ids, video) -> torch.Tensor:
     loaded = MODELS[family]
     kinds = [2 * (i == loaded.model.config.video_token_id) for i in ids]
     with torch.no_grad():
-        return loaded.model(**alone(loaded, type("P", (), {"ids": ids, "mm_token_type_ids": kinds}), video)).logits[0, -1]
+        return loaded.model(**alone(loaded, type("P", (), {"ids": ids, "mm_token_type_ids": kinds}), video)).logits[
+            0, -1
+        ]
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["video", "blind"])
@@ -85,10 +87,15 @@ def test_sampled_rollouts_have_the_exact_distribution(monkeypatch):
         counts[rollout.ids] += 1
         assert float(rollout.log_probs.sum().exp()) == pytest.approx(probabilities[rollout.ids], rel=1e-3)
     common = [pair for pair, p in probabilities.items() if 4000 * p >= 5]
-    expected = [4000 * probabilities[pair] for pair in common] + [4000 * (1 - sum(probabilities[pair] for pair in common))]
+    expected = [4000 * probabilities[pair] for pair in common] + [
+        4000 * (1 - sum(probabilities[pair] for pair in common))
+    ]
     observed = [counts[pair] for pair in common] + [4000 - sum(counts[pair] for pair in common)]
     kept = [(o, e) for o, e in zip(observed, expected) if e > 1e-6]
-    assert len(kept) > 2 and stats.chisquare(*zip(*[(o, e * sum(observed) / sum(e for _, e in kept)) for o, e in kept])).pvalue > 0.01
+    assert (
+        len(kept) > 2
+        and stats.chisquare(*zip(*[(o, e * sum(observed) / sum(e for _, e in kept)) for o, e in kept])).pvalue > 0.01
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,7 +151,13 @@ def test_the_prompts_keys_and_values_are_stored_once_whatever_the_group(monkeypa
     for group in (1, 8):
         generate(model, prompts, video, group=group, sampling=Sampling(max_new_tokens=5, seed=1))
     config = model.config.get_text_config()
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 4
+    token = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
     tokens = len(made[0].packed)
     filling = sum(shelf.rows.numel() for shelf in made[0].shelves) - tokens
     assert tokens < sum(map(len, prompts)) and 0 <= filling < tokens / 2
@@ -166,7 +179,9 @@ def test_a_prompt_that_goes_on_from_within_another_sees_only_its_own_path():
         assert rollout.ids == alone_[0].ids and (rollout.log_probs - alone_[0].log_probs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 1.0, 0.5), (3, 1.0, 1.0), (0, 0.6, 1.3), (5, 0.8, 0.7), (1, 0.01, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 1.0, 0.5), (3, 1.0, 1.0), (0, 0.6, 1.3), (5, 0.8, 0.7), (1, 0.01, 1.0)]
+)
 def test_the_distribution_is_filtered_as_transformers_does(top_k, top_p, temperature):
     torch.manual_seed(0)
     logits = torch.randn(6, 11) * 2
@@ -235,6 +250,20 @@ def test_prompts_that_cannot_be_decoded_are_refused_by_name():
         generate(model, [prompt], video, group=0)
 
 
+def test_out_of_memory_while_decoding_says_what_to_lower(monkeypatch):
+    family = "qwen2_5_vl"
+    video, model = make_video(family), MODELS[family].model
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(kvcache.TreeCache, "_decode", full)
+    with pytest.raises(StkitError, match="out of memory: .* lower max_tokens, .* ask for fewer rollouts"):
+        generate(model, [asked(family, video, 1)[0].ids], video, group=2, sampling=Sampling(max_new_tokens=3))
+
+
 def test_logits_that_are_no_numbers_are_an_error_and_never_a_token():
     with pytest.raises(StkitError, match="NaN"):
-        choose_tokens(torch.tensor([[0.0, float("nan")]]), Sampling(greedy=True), torch.zeros(1, dtype=torch.float64), [-1])
+        choose_tokens(
+            torch.tensor([[0.0, float("nan")]]), Sampling(greedy=True), torch.zeros(1, dtype=torch.float64), [-1]
+        )

@@ -81,7 +81,9 @@ def test_positions_are_those_that_transformers_counts_on_each_path(family):
         path = packed.path(k)
         kinds = (packed.ids[path] == model.config.video_token_id).long()[None] * 2
         timing = {"second_per_grid_ts": torch.tensor([SLOW_S])} if family == "qwen2_5_vl" else {}
-        theirs, _ = model.model.get_rope_index(packed.ids[path][None], kinds, video_grid_thw=video.grid_thw[None], **timing)
+        theirs, _ = model.model.get_rope_index(
+            packed.ids[path][None], kinds, video_grid_thw=video.grid_thw[None], **timing
+        )
         assert torch.equal(packed.position[:, path], theirs[:, 0])
     if family == "qwen2_5_vl":
         assert packed.position[0].max() > packed.following.max()
@@ -94,7 +96,9 @@ def prepared(family: str, what: str):
         parameter.requires_grad_(what == "tower" or what == "full" and "visual" not in name)
     if what == "lora":
         torch.manual_seed(3)
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "up_proj"]))
+        model = get_peft_model(
+            model, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "up_proj"])
+        )
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # it starts at zero, and A would have no gradient
                 nn.init.normal_(parameter, std=0.05)
@@ -112,7 +116,9 @@ def assert_close(found: dict, expected: dict, tolerance: float = 1e-4):
     assert found.keys() == expected.keys() and expected
     largest = max(g.norm().item() for g in expected.values())
     for name in expected:
-        assert (found[name] - expected[name]).norm() <= tolerance * max(expected[name].norm().item(), 1e-4 * largest), name
+        assert (found[name] - expected[name]).norm() <= tolerance * max(expected[name].norm().item(), 1e-4 * largest), (
+            name
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -182,7 +188,13 @@ def test_nf4_with_float32_compute_is_the_same_on_a_tree():
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):
-                    small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, torch.float32, quant_type="nf4")
+                    small = Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        linear.bias is not None,
+                        torch.float32,
+                        quant_type="nf4",
+                    )
                     small.load_state_dict(linear.state_dict())
                     setattr(part, name, small.to("cpu"))
     model = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
@@ -238,7 +250,9 @@ def test_the_next_tokens_after_each_prompt_are_those_of_the_prompt_alone(family)
     for prompt, asked, row in zip(prompts, ids, found):
         kinds = [2 * (i == loaded.model.config.video_token_id) for i in prompt]
         with torch.no_grad():
-            logits = loaded.model(**alone(loaded, type("P", (), {"ids": prompt, "mm_token_type_ids": kinds}), video)).logits
+            logits = loaded.model(
+                **alone(loaded, type("P", (), {"ids": prompt, "mm_token_type_ids": kinds}), video)
+            ).logits
         assert (row - torch.log_softmax(logits[0, -1], -1)[asked]).abs().max() < 1e-5
 
 
@@ -259,7 +273,11 @@ def test_the_model_is_left_as_it_was():
     backend = model.config.text_config._attn_implementation
     tree_logps(model, tree, video)
     assert before == {n: (type(m), m.__dict__.get("forward")) for n, m in model.named_modules()}
-    assert model.model.language_model.config._attn_implementation == model.config.text_config._attn_implementation == backend
+    assert (
+        model.model.language_model.config._attn_implementation
+        == model.config.text_config._attn_implementation
+        == backend
+    )
 
 
 def test_dropout_is_refused_in_training_and_does_not_matter_in_evaluation():

@@ -45,7 +45,14 @@ def rows(small: bool, timed: Callable, row: Callable) -> list[dict]:
     name = f"cascade against masked SDPA, P={p} G={g} C={c}"
     repeats = 2 if small else 7
     found = [
-        timed(f"{name}, forward pass", lambda: masked(backward=False), lambda: cascade(backward=False), repeats, ">= 2", diff),
+        timed(
+            f"{name}, forward pass",
+            lambda: masked(backward=False),
+            lambda: cascade(backward=False),
+            repeats,
+            ">= 2",
+            diff,
+        ),
         timed(f"{name}, both passes", masked, cascade, repeats, ">= 2", diff),
     ]
     swept = []

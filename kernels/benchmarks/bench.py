@@ -1,10 +1,11 @@
 """Run every measure of the table: `make bench` writes runs/bench/bench.json, bench.md, plots and report.html.
 
     python kernels/benchmarks/bench.py --out runs/bench            # under 25 minutes on 2 cores
-    python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds; goals are not judged
+    python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds; goals are not
+    judged
 
-A row holds name, unit, peer, ours, ratio (peer / ours), goal, met, reason (of a goal not met), max_abs_diff (how far the
-two answers are apart) and the spread of both.
+A row holds name, unit, peer, ours, ratio (peer / ours), goal, met, reason (of a goal not met), max_abs_diff (how far
+the two answers are apart) and the spread of both.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from stkit.runs import write_json
 from stkit.vlm import kvcache
 from stkit.vlm.generate import Sampling, generate
 
-def row(name: str, unit: str, peer: float, ours: float, goal: str, diff: float | None, ratio: float | None = None, **more) -> dict:
+
+def row(
+    name: str, unit: str, peer: float, ours: float, goal: str, diff: float | None, ratio: float | None = None, **more
+) -> dict:
     """A line of the table. ``goal``: ">= 9" or "<= 1.05", of the ratio."""
     ratio = peer / ours if ratio is None else ratio
     sign, bound = goal.split()
@@ -39,7 +43,8 @@ def row(name: str, unit: str, peer: float, ours: float, goal: str, diff: float |
 
 
 def explain(found: dict, work: float, call: Callable, limits: measure.Machine) -> None:
-    """Say why a goal isn't met: where the time goes, and what the ratio would be at this machine's best rate of products.
+    """Say why a goal isn't met: where the time goes, and what the ratio would be at this machine's best rate of
+    products.
 
     ``work``: FLOPs of our call, forward and backward pass.
     """
@@ -127,7 +132,10 @@ def explain_decoding(found: dict, s: Setting, limits: measure.Machine) -> None:
     if found["met"]:
         return
     one = Sampling(max_new_tokens=1)
-    call = (lambda: peers.tree_rollouts(s)), (lambda: generate(s.model, [s.prompt], s.video, group=s.sizes.group, sampling=one))
+    call = (
+        (lambda: peers.tree_rollouts(s)),
+        (lambda: generate(s.model, [s.prompt], s.video, group=s.sizes.group, sampling=one)),
+    )
     prompt = measure.alternate(call[1], call[1], 3)[0].median
     weights = sum(p.numel() for p in s.base.model.language_model.parameters()) * 4 / 1e9
     step, least = (found["ours"] - prompt) / (s.sizes.new - 1), weights / limits.gbytes
@@ -262,13 +270,17 @@ def every_row(sizes: Sizes, say: Callable) -> list[dict]:
         new = part()
         found += new
         for r in new:
-            say(f"{r['name']}: {r['peer']:.4g} -> {r['ours']:.4g} {r['unit']}, ratio {r['ratio']:.2f} (goal {r['goal']})")
+            say(
+                f"{r['name']}: {r['peer']:.4g} -> {r['ours']:.4g} {r['unit']}, ratio {r['ratio']:.2f} (goal {r['goal']})"
+            )
         say(f"  {name}: {time.monotonic() - begin:.0f} s")
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory against plain Transformers, with exactness beside it.")
+    parser = argparse.ArgumentParser(
+        description="Time and memory against plain Transformers, with exactness beside it."
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--small", action="store_true", help="a toy, to see that it runs: goals are not judged")
     parser.add_argument("--resident", help=argparse.SUPPRESS)

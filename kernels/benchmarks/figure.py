@@ -1,6 +1,6 @@
 """Draw kernels/cascade.png: a tree, its mask, and the calls that compute it.
 
-    python kernels/benchmarks/figure.py
+python kernels/benchmarks/figure.py
 """
 
 from pathlib import Path

@@ -39,7 +39,8 @@ def alternate(peer: Callable, ours: Callable, repeats: int) -> tuple[Times, Time
 
 
 class AttentionFlops(TorchDispatchMode):
-    """FLOPs of attention on a CPU, which torch's own counter takes for nothing: 4 D for each (query, key) pair of a head.
+    """FLOPs of attention on a CPU, which torch's own counter takes for nothing: 4 D for each (query, key) pair of a
+    head.
 
     A causal call computes the pairs with key <= query; a call with a mask of queries by keys computes all of them.
     """
@@ -87,7 +88,14 @@ def shares(call: Callable) -> str:
         call()
     spent = {"matrix products": 0.0, "attention": 0.0, "the rest": 0.0}
     for event in profile.key_averages():
-        products = event.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::convolution")
+        products = event.key in (
+            "aten::mm",
+            "aten::addmm",
+            "aten::addmm_",
+            "aten::bmm",
+            "aten::baddbmm",
+            "aten::convolution",
+        )
         kind = "matrix products" if products else "attention" if "_attention_for_cpu" in event.key else "the rest"
         spent[kind] += event.self_cpu_time_total
     total = sum(spent.values())

@@ -24,7 +24,10 @@ STYLE += "td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right
 
 def origin() -> dict:
     """The machine, the versions and the command, as they belong beside every number."""
-    model = next((row.split(":")[1].strip() for row in _read("/proc/cpuinfo") if row.startswith("model name")), platform.machine())
+    model = next(
+        (row.split(":")[1].strip() for row in _read("/proc/cpuinfo") if row.startswith("model name")),
+        platform.machine(),
+    )
     machine = {"cpu": model, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": "none"}
     return {"machine": machine, "versions": versions(), "command": shlex.join(["python", *sys.argv])}
 
@@ -63,7 +66,9 @@ def as_page(title: str, rows: list[dict], notes: list[str], pictures: list[Path]
     """One self-contained page."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(r)) + "</tr>" for r in rows)
-    shown = "".join(f'<p><img src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures)
+    shown = "".join(
+        f'<p><img src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures
+    )
     list_of = "".join(f"<li>{html.escape(n)}</li>" for n in notes)
     page = f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><table><tr>{head}</tr>{body}</table>{shown}<ul>{list_of}</ul>"
     return f'<!doctype html><html lang="en"><meta charset="utf-8">{page}</html>\n'
@@ -77,7 +82,7 @@ def ratios(path: Path, rows: list[dict]) -> Path:
     for k, r in enumerate(shown):
         goal = float(r["goal"].split()[1])
         ax.plot([goal, goal], [k - 0.4, k + 0.4], color="black", lw=2)
-        ax.text(r["ratio"] * 1.03, k, f"{r['ratio']:.1f}x", va="center", fontsize=9)
+        ax.text(max(r["ratio"], goal) * 1.05, k, f"{r['ratio']:.1f}x", va="center", fontsize=9)
     ax.set_yticks(range(len(shown)), [r["name"] for r in shown], fontsize=9)
     ax.set_xscale("log")
     ax.set_xlim(right=max(r["ratio"] for r in shown) * 1.6)

@@ -1,7 +1,7 @@
 """The same work three ways: as published code does it, as plain Transformers can do it at best, and on a prefix tree.
 
-*As published* is what TRL's GRPO, Video-R1 and ST-R1 share: the prompt and its pixels repeated for every rollout, all of
-it through tower and model, logits of every position, ``generate`` with ``num_return_sequences``. *Lean* spares what
+*As published* is what TRL's GRPO, Video-R1 and ST-R1 share: the prompt and its pixels repeated for every rollout, all
+of it through tower and model, logits of every position, ``generate`` with ``num_return_sequences``. *Lean* spares what
 Transformers can spare: the tower runs once and its output is repeated, logits are computed of the rollouts only.
 """
 
@@ -51,7 +51,9 @@ def lean_log_probs(setting: Setting) -> torch.Tensor:
     """``(G, C)``: the video's features once, logits of the rollouts only."""
     ids = whole(setting)
     with torch.no_grad():
-        features = setting.base.get_video_features(setting.video.pixel_values, setting.video.grid_thw[None], return_dict=True)
+        features = setting.base.get_video_features(
+            setting.video.pixel_values, setting.video.grid_thw[None], return_dict=True
+        )
     kept = torch.arange(len(setting.prompt) - 1, ids.shape[1] - 1)
     logits = setting.model(**inputs_of(setting, ids, features), use_cache=False, logits_to_keep=kept).logits
     return torch.log_softmax(logits, -1).gather(-1, setting.rollouts[..., None])[..., 0]

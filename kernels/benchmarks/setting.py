@@ -1,4 +1,5 @@
-"""What is measured: a Qwen2.5-VL of 54 M parameters with a LoRA, a video, a prompt, rollouts and questions. All from a seed.
+"""What is measured: a Qwen2.5-VL of 54 M parameters with a LoRA, a video, a prompt, rollouts and questions. All from a
+seed.
 
 Weights are random: what a pass costs doesn't depend on what they are.
 """
@@ -118,4 +119,3 @@ def make_setting(sizes: Sizes = FULL, **changes) -> Setting:
         for _ in range(sizes.questions)
     ]
     return Setting(sizes, model, video, prompt, rollouts, questions)
-

@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/sweep.py --out runs/bench-sweep
 
-sweep.json holds rows as bench.json does, with ``of`` (what varies), ``at`` (its value) and the tokens that copies have (``peer_tokens``).
+sweep.json holds rows as bench.json does, with ``of`` (what varies), ``at`` (its value) and the tokens that copies have
+(``peer_tokens``).
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""The primitives under the cascade: attention that gives its log-sum-exp, on each kind of device, and one choice of them.
+"""The primitives under the cascade: attention that gives its log-sum-exp, on each kind of device, and one choice of
+them.
 
-    choose_backend(torch.device("cpu"), torch.float32, 64)      # Backend(name='cpu-flash', why="torch's flash attention ...")
+    choose_backend(torch.device("cpu"), torch.float32, 64)      # Backend(name='cpu-flash', why="torch's flash attention
+    ...")
 
-Two styles. *Padded* takes ``(count, H, L, D)`` with a causal mask from the top left and a mask of filled-up keys; *varlen*
-takes ``(tokens, H, D)`` with bounds of sequences. Both return the log-sum-exp (natural log, float32) and have a backward
-pass that takes an output and a log-sum-exp which other calls had a part in. Equal head counts are their own business.
-CUDA primitives are written against their documented signatures; they are not run on a GPU here.
+Two styles. *Padded* takes ``(count, H, L, D)`` with a causal mask from the top left and a mask of filled-up keys;
+*varlen* takes ``(tokens, H, D)`` with bounds of sequences. Both return the log-sum-exp (natural log, float32) and have
+a backward pass that takes an output and a log-sum-exp which other calls had a part in. Equal head counts are their own
+business. CUDA primitives are written against their documented signatures; they are not run on a GPU here.
 """
 
 from collections.abc import Callable
@@ -80,7 +82,9 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_size: int
         return f"it needs a CUDA GPU, the tensors are on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if name == "aten-efficient":
-        return "" if capability[0] >= 5 else f"it needs compute capability 5, this GPU has {capability[0]}.{capability[1]}"
+        return (
+            "" if capability[0] >= 5 else f"it needs compute capability 5, this GPU has {capability[0]}.{capability[1]}"
+        )
     if capability[0] < 8:
         return f"it needs compute capability 8, this GPU has {capability[0]}.{capability[1]} (a T4 has 7.5)"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -162,7 +166,13 @@ def _flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
 
 def _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rest = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None, "deterministic": False}
+    rest = {
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "deterministic": False,
+    }
     _flash_attn()._flash_attn_varlen_backward(
         grad, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, **rest
     )

@@ -2,8 +2,8 @@
 
 Depth first, the subtree of a segment of tokens is one contiguous slice. So each segment's keys meet the queries of its
 subtree in one call of an ordinary attention primitive; a query that has several such parts gets them merged by their
-log-sum-exp. The backward pass is exact too: each part's backward pass is called with the *merged* output and the *merged*
-log-sum-exp, which makes the primitive recompute the probabilities of the whole softmax::
+log-sum-exp. The backward pass is exact too: each part's backward pass is called with the *merged* output and the
+*merged* log-sum-exp, which makes the primitive recompute the probabilities of the whole softmax::
 
     plan = plan_tree(end)                                       # once for a tree
     out = cascade_attention(q, k, v, plan)                      # in every layer
@@ -59,7 +59,9 @@ def cascade_attention(
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreePlan) -> None:
     if q.dim() != 4 or q.shape[0] != 1 or k.shape != v.shape or k.dim() != 4 or k.shape[0] != 1:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: give (1, heads, T, D), k and v alike")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: give (1, heads, T, D), k and v alike"
+        )
     if q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: T and D must agree, H be a multiple of KV")
     if q.shape[2] != len(plan):

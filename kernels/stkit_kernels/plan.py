@@ -1,8 +1,8 @@
 """Which calls compute attention over a packed tree: made once for a tree, used by every layer, forward and backward.
 
-The tokens of a tree laid out depth first fall into segments, runs of tokens with one ``end``. What sees a segment is its
-own tokens, causally, and then everything below it: one contiguous slice. So a segment is one causal call of its subtree's
-queries on its own keys, and segments of like size share a call::
+The tokens of a tree laid out depth first fall into segments, runs of tokens with one ``end``. What sees a segment is
+its own tokens, causally, and then everything below it: one contiguous slice. So a segment is one causal call of its
+subtree's queries on its own keys, and segments of like size share a call::
 
     plan = plan_tree(torch.tensor([8, 8, 8, 8, 8, 6, 8, 8]))
     [(c.count, c.q_len, c.k_len) for c in plan.calls]      # [(1, 8, 5), (2, 2, 2)]: one padded token, never seen
@@ -36,16 +36,19 @@ class Rows:
         if self.index is not None:
             return x.index_select(0, self.index).unflatten(0, (self.count, self.length))
         shape = (self.count, self.length, *x.shape[1:])
-        return x.as_strided(shape, (self.step * x.stride(0), *x.stride()), x.storage_offset() + self.start * x.stride(0))
+        return x.as_strided(
+            shape, (self.step * x.stride(0), *x.stride()), x.storage_offset() + self.start * x.stride(0)
+        )
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of a primitive: ``count`` subtrees' queries on their segments' keys, causal from the top left.
 
-    real, k_real: which of the ``count * q_len`` queries (keys) are tokens, int64, None if all are. q_kept: the same as 1 and
-    0, ``(count, q_len)``. mask: float32 ``(count, 1, 1, k_len)``, minus infinity on keys that only fill up, None where no
-    query could see one. pairs: (query, key) pairs that are visible; padded: pairs that are computed on top of them.
+    real, k_real: which of the ``count * q_len`` queries (keys) are tokens, int64, None if all are. q_kept: the same as
+    1 and 0, ``(count, q_len)``. mask: float32 ``(count, 1, 1, k_len)``, minus infinity on keys that only fill up, None
+    where no query could see one. pairs: (query, key) pairs that are visible; padded: pairs that are computed on top of
+    them.
     """
 
     q: Rows
@@ -114,8 +117,8 @@ class TreePlan:
         return sum(call.padded for call in self.calls)
 
     def varlen(self) -> tuple[Varlen, ...]:
-        """The same attention for variable-length primitives, which align a causal mask at the bottom right: every segment
-        with itself, then level by level what lies below a segment with its keys."""
+        """The same attention for variable-length primitives, which align a causal mask at the bottom right: every
+        segment with itself, then level by level what lies below a segment with its keys."""
         if "varlen" not in self.cache:
             self.cache["varlen"] = _varlen_calls(self.segments, self.end.device)
         return self.cache["varlen"]

@@ -1,7 +1,7 @@
 """Ask a model many questions on one video: the log-probabilities of the options' letters, or a text decoded greedily.
 
-The video is encoded once. All prompts on it (questions, and rotations of their options) are packed into one prefix tree,
-in which whatever they have in common stands once, and are scored in one forward pass or decoded in one batch::
+The video is encoded once. All prompts on it (questions, and rotations of their options) are packed into one prefix
+tree, in which whatever they have in common stands once, and are scored in one forward pass or decoded in one batch::
 
     features = encode_video(loaded.model, inputs)
     log_probs = letter_log_probs(loaded, prompts, inputs, features, max_tokens=16_384)
@@ -39,9 +39,9 @@ def letter_log_probs(
     Args:
         loaded: model, processor, record.
         prompts: multiple-choice prompts, all with this video (or all without).
-        video, features: as prepared, and what :func:`stkit.vlm.vision.encode_video` made of it; None for prompts without.
-        max_tokens: of a tree, computed at once; more prompts make more trees. The result doesn't depend on it (in float32
-            to 1e-5).
+        video, features: as prepared, and what :func:`stkit.vlm.vision.encode_video` made of it; None for prompts
+        without. max_tokens: of a tree, computed at once; more prompts make more trees. The result doesn't depend on it
+            (in float32 to 1e-5).
 
     Returns:
         One float64 array ``(n options,)`` a prompt: log-softmax in float32 over the whole vocabulary.
@@ -68,7 +68,8 @@ def decode(
 ) -> list[Said]:
     """Greedy answers: the likeliest token each time, until the model ends its turn or ``max_new_tokens`` are there.
 
-    ``max_tokens`` bounds the tokens whose keys and values are held: of the tree, and ``max_new_tokens`` for each prompt.
+    ``max_tokens`` bounds the tokens whose keys and values are held: of the tree, and ``max_new_tokens`` for each
+    prompt.
     """
     own = loaded.model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

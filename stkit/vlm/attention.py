@@ -62,9 +62,7 @@ def _interface(module, query, key, value, attention_mask, scaling=None, dropout=
 AttentionInterface.register(NAME, _interface)
 
 
-def pack_for(
-    model, trees: Sequence[Tree], videos: Sequence[VideoInputs | None], context: int | None = None
-) -> Packed:
+def pack_for(model, trees: Sequence[Tree], videos: Sequence[VideoInputs | None], context: int | None = None) -> Packed:
     """Trees packed with the M-RoPE positions that the model's own ``get_rope_index`` gives each of their paths.
 
     Args:
@@ -94,7 +92,9 @@ def _root_positions(base, root: Tree, video: VideoInputs | None) -> torch.Tensor
     wanted = 0 if video is None else int(video.grid_thw.prod()) // merge**2
     if count != wanted:
         grid = "no video" if video is None else f"a video of {wanted} tokens (grid {video.grid_thw.tolist()})"
-        raise StkitError(f"branch {root.name!r} holds {count} video tokens and comes with {grid}: build both from one video")
+        raise StkitError(
+            f"branch {root.name!r} holds {count} video tokens and comes with {grid}: build both from one video"
+        )
     if video is None:
         return None
     ids = torch.tensor([[*root.ids, 0 if pad else 1]])
@@ -127,7 +127,7 @@ def tree_forward(model, packed: Packed, features: Sequence, tree) -> torch.Tenso
     try:
         hidden = language(**inputs, use_cache=False, tree=tree).last_hidden_state[0]
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise _explained(error, packed) from error
+        raise explained(error, packed) from error
     if not torch.isfinite(hidden).all():
         raise StkitError(_where_not_finite(language, inputs, tree, packed))
     return hidden
@@ -180,7 +180,7 @@ def refuse_dropout(model) -> None:
             raise StkitError(f"{name} has attention_dropout={rate}: set it to 0, or call model.eval()")
 
 
-def _explained(error: Exception, packed: Packed) -> Exception:
+def explained(error: Exception, packed: Packed) -> Exception:
     """Out of memory in words that help; any other error as it is."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
@@ -214,7 +214,9 @@ def _where_not_finite(language, inputs: dict, tree, packed: Packed) -> str:
     if not found:
         return "a hidden state is not finite, but was when computed again: the inputs or weights change meanwhile"
     name, token = found[0]
-    node = next((n.name or f"node {k}" for k, (n, s) in enumerate(zip(packed.nodes, packed.slices)) if token < s.stop), "")
+    node = next(
+        (n.name or f"node {k}" for k, (n, s) in enumerate(zip(packed.nodes, packed.slices)) if token < s.stop), ""
+    )
     dtype = str(language.norm.weight.dtype).removeprefix("torch.")
     return (
         f"a hidden state is not finite, first after {name} at token {token} ({node!r}), in {dtype}: look for NaN in the "

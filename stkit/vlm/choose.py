@@ -1,7 +1,7 @@
 """What to compute with: device, dtype, attention and 4 bits, each with the reason, decided in one place.
 
-``attention`` is that of Transformers' own layers (the vision tower here), ``tree_attention`` that of the language model on
-prefix trees (see :mod:`stkit_kernels.backends`).
+``attention`` is that of Transformers' own layers (the vision tower here), ``tree_attention`` that of the language model
+on prefix trees (see :mod:`stkit_kernels.backends`).
 
 :func:`stkit.load_model` does what is chosen here and ``stkit doctor`` prints it, so the two cannot disagree.
 

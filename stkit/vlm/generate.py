@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..runtime import BadUse, StkitError, child_seed
-from .attention import TreeAttention, pack_for, tree_forward, with_tree_attention
+from .attention import TreeAttention, explained, pack_for, tree_forward, with_tree_attention
 from .few_rows import product, with_few_rows
 from .kvcache import TreeCache
 from .logps import head_weight
@@ -29,10 +29,10 @@ class Sampling:
     """How tokens are chosen.
 
     max_new_tokens: the most a rollout can have. greedy: the likeliest token each time. temperature, top_k (0 for all),
-    top_p (1 for all): the distribution that is sampled from, in that order, as Transformers applies them. stop: token ids
-    that end a rollout (the token is kept). seed: rollout i of prompt p draws from a generator of its own, made of (seed,
-    p, i). think_budget: a rollout that has so many tokens without ``think_end`` among them gets ``forced`` next (say the
-    tokens of "</think> <answer>"), and goes on freely after it.
+    top_p (1 for all): the distribution that is sampled from, in that order, as Transformers applies them. stop: token
+    ids that end a rollout (the token is kept). seed: rollout i of prompt p draws from a generator of its own, made of
+    (seed, p, i). think_budget: a rollout that has so many tokens without ``think_end`` among them gets ``forced`` next
+    (say the tokens of "</think> <answer>"), and goes on freely after it.
     """
 
     max_new_tokens: int = 256
@@ -52,11 +52,15 @@ class Sampling:
         if not self.temperature > 0:
             raise BadUse(f"temperature={self.temperature}: give a number above 0, or greedy=True")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise BadUse(f"top_k={self.top_k}, top_p={self.top_p}: give top_k of 0 (all) or more, top_p above 0 up to 1")
+            raise BadUse(
+                f"top_k={self.top_k}, top_p={self.top_p}: give top_k of 0 (all) or more, top_p above 0 up to 1"
+            )
         if self.think_budget is None:
             return
         if not self.think_end or not self.forced:
-            raise BadUse(f"think_budget={self.think_budget}: give think_end and forced with it, the tokens that end a think")
+            raise BadUse(
+                f"think_budget={self.think_budget}: give think_end and forced with it, the tokens that end a think"
+            )
         if not 0 <= self.think_budget < self.max_new_tokens - len(self.forced):
             raise BadUse(
                 f"think_budget={self.think_budget} and {len(self.forced)} forced tokens leave no room for an answer in "
@@ -67,10 +71,10 @@ class Sampling:
 class Rollout(NamedTuple):
     """One answer.
 
-    ids: token ids, the stop token included. log_probs: float32 ``(len(ids),)`` on the CPU, natural log, of each token under
-    the distribution that it was sampled from (greedy: the model's own, at temperature 1). forced: which tokens were not
-    sampled but put there when the think budget ran out (their log_probs are what the model gave them). finished: it ended
-    by a stop token, not at the limit.
+    ids: token ids, the stop token included. log_probs: float32 ``(len(ids),)`` on the CPU, natural log, of each token
+    under the distribution that it was sampled from (greedy: the model's own, at temperature 1). forced: which tokens
+    were not sampled but put there when the think budget ran out (their log_probs are what the model gave them).
+    finished: it ended by a stop token, not at the limit.
     """
 
     ids: tuple[int, ...]
@@ -107,7 +111,7 @@ def generate(
         those of the text behind them.)
 
     Raises:
-        StkitError: as :func:`stkit.vlm.logps.tree_logps`; prompt and max_new_tokens exceed the context.
+        StkitError: as :func:`stkit.vlm.logps.tree_logps`; prompt and max_new_tokens exceed the context; out of memory.
     """
     if group < 1 or not prompts:
         raise BadUse(f"{len(prompts)} prompts and group={group}: give at least one of each")
@@ -126,7 +130,11 @@ def generate(
     cache = TreeCache(packed, ends, attention, sampling.max_new_tokens)
     hidden = tree_forward(model, packed, [features] * len(trees), cache)
     first = hidden[[packed.slices[end].stop - 1 for end in ends]]
-    rollouts = _Decoder(model, cache, sampling, packed.following[:, ends]).run(first, [seat[1:] for seat in seats])
+    decoder = _Decoder(model, cache, sampling, packed.following[:, ends])
+    try:
+        rollouts = decoder.run(first, [seat[1:] for seat in seats])
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise explained(error, packed) from error
     groups: list[list[Rollout]] = [[None] * group for _ in prompts]
     for (_, p, i), rollout in zip(seats, rollouts):
         groups[p][i] = rollout
@@ -196,7 +204,9 @@ class _Decoder:
         inputs = {"inputs_embeds": self.embed(tokens[:, None]), "position_ids": (self.position + step)[..., None]}
         hidden = self.language(**inputs, use_cache=False, tree=self.cache).last_hidden_state[:, 0]
         if not torch.isfinite(hidden).all():
-            raise StkitError(f"a hidden state is not finite at new token {step}: use bfloat16 or float32 if it is float16")
+            raise StkitError(
+                f"a hidden state is not finite at new token {step}: use bfloat16 or float32 if it is float16"
+            )
         return hidden
 
 

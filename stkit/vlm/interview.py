@@ -61,8 +61,8 @@ class Interview:
     Args:
         loaded: model, processor and record.
         settings: see :class:`Settings`.
-        max_tokens: of the tree of questions (and rotations of options) that is computed at once; the answers don't depend on
-            it.
+        max_tokens: of the tree of questions (and rotations of options) that is computed at once; the answers don't
+            depend on it.
         cache: where decoded and resized frames are kept; None for nowhere. The answers don't depend on it.
     """
 

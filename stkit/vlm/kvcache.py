@@ -1,8 +1,8 @@
 """Keys and values of a tree, each stored once, and of the rollouts that grow from its nodes.
 
-While the prompts are computed the cache attends by the cascade and keeps each node's keys and values. While rollouts are
-decoded, one token each at a time, a query meets the keys of every node on its path (shared with all rollouts there) and
-those of its own rollout, under one softmax. Nothing is copied for a group and nothing grows:
+While the prompts are computed the cache attends by the cascade and keeps each node's keys and values. While rollouts
+are decoded, one token each at a time, a query meets the keys of every node on its path (shared with all rollouts there)
+and those of its own rollout, under one softmax. Nothing is copied for a group and nothing grows:
 rollouts have their room from the start, and those that have ended leave it to the others.
 """
 
@@ -23,8 +23,8 @@ class Shelf:
 
     nodes: their numbers. rows: int64 ``(n, L)``, their tokens in the packed tree, the last one repeated as filling.
     mask: float32 ``(n, 1, 1, L)``, minus infinity on filling, or None. keys, values: by layer, ``(n, KV, L, D)``.
-    index: int64 ``(n, R')``, the rollouts that see each node, filled up too; None for one node that all see. real: which of
-    ``index`` are no filling, and places, the rollouts there. column: where the scores on its keys stand.
+    index: int64 ``(n, R')``, the rollouts that see each node, filled up too; None for one node that all see. real:
+    which of ``index`` are no filling, and places, the rollouts there. column: where the scores on its keys stand.
     """
 
     nodes: list[int]

@@ -42,8 +42,8 @@ class Loaded(NamedTuple):
     """What :func:`load_model` returns.
 
     ``record`` is a plain dict for a run's config: name, family, untrained, weights, revision, parameters, context,
-    vocabulary, device, dtype, attention, tree_attention, four_bit, adapter (and its adapter_sha256), why (a sentence for each choice)
-    and versions.
+    vocabulary, device, dtype, attention, tree_attention, four_bit, adapter (and its adapter_sha256), why (a sentence
+    for each choice) and versions.
     """
 
     model: Any

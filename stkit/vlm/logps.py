@@ -29,9 +29,9 @@ TOKENS = ("all", "weighted")
 class TreeLogProbs(NamedTuple):
     """What :func:`tree_logps` returns.
 
-    log_probs: ``(T,)`` float32 (float64 for a float64 model), natural log, of each token given its path; 0 where nothing
-    predicts it or it was not asked for. entropy: ``(T,)`` in nats, of the distribution that each token is from, or None.
-    packed: the tree, laid out. path: which attention and which log-probability backend ran, and why.
+    log_probs: ``(T,)`` float32 (float64 for a float64 model), natural log, of each token given its path; 0 where
+    nothing predicts it or it was not asked for. entropy: ``(T,)`` in nats, of the distribution that each token is from,
+    or None. packed: the tree, laid out. path: which attention and which log-probability backend ran, and why.
     """
 
     log_probs: torch.Tensor
@@ -108,7 +108,9 @@ def head_weight(model) -> torch.Tensor:
     head = base_model(model).lm_head
     if type(head) is not nn.Linear or head.bias is not None:
         kind = type(head).__name__
-        raise StkitError(f"the head is a {kind}, a plain matrix was expected: leave lm_head out of the adapter and of 4 bits")
+        raise StkitError(
+            f"the head is a {kind}, a plain matrix was expected: leave lm_head out of the adapter and of 4 bits"
+        )
     return head.weight
 
 

@@ -1,7 +1,8 @@
 """The prefix tree: many continuations of one prompt, laid out once in one sequence of T tokens.
 
-A node is a run of tokens: the video prompt is the root, a question its child, a rollout a grandchild. Depth first, every
-subtree is one contiguous slice, so that one number a token says who sees it: query q sees key k iff k <= q < end[k]::
+A node is a run of tokens: the video prompt is the root, a question its child, a rollout a grandchild. Depth first,
+every subtree is one contiguous slice, so that one number a token says who sees it: query q sees key k iff k <= q <
+end[k]::
 
     tree = Tree([1, 2, 3], name="video")
     question = tree.branch([4, 5], name="question")
@@ -26,8 +27,8 @@ from . import tree_picture
 class Tree:
     """A node with everything below it; the whole tree is its root.
 
-    ids: token ids, at least one. weight: what the loss takes of each of its tokens, one number or one a token. name: for
-    pictures. children: nodes, in the order in which they were added.
+    ids: token ids, at least one. weight: what the loss takes of each of its tokens, one number or one a token. name:
+    for pictures. children: nodes, in the order in which they were added.
     """
 
     def __init__(self, ids: Sequence[int], weight: float | Sequence[float] = 0.0, name: str = ""):
@@ -67,10 +68,11 @@ class Tree:
 class Packed:
     """Trees laid out depth first, one after another, in T tokens.
 
-    ids: int64 ``(T,)``. end: int64 ``(T,)``, one past the last token of the subtree of each token. prev: int64 ``(T,)``,
-    the token whose output predicts each (-1 for the first of a root, which nothing predicts). position: int64 ``(3, T)``,
-    M-RoPE positions in time, height and width. weight: float32 ``(T,)``. slices: where each of N nodes lies. parents: of
-    each node, -1 for a root. nodes: the nodes themselves. following: int64 ``(3, N)``, the position after each node.
+    ids: int64 ``(T,)``. end: int64 ``(T,)``, one past the last token of the subtree of each token. prev: int64
+    ``(T,)``, the token whose output predicts each (-1 for the first of a root, which nothing predicts). position: int64
+    ``(3, T)``, M-RoPE positions in time, height and width. weight: float32 ``(T,)``. slices: where each of N nodes
+    lies. parents: of each node, -1 for a root. nodes: the nodes themselves. following: int64 ``(3, N)``, the position
+    after each node.
     """
 
     ids: torch.Tensor
@@ -125,7 +127,8 @@ def pack(
         context: tokens that the model can take from a root to a leaf.
 
     Raises:
-        StkitError: a path longer than the context, a weight on a token that nothing predicts, positions of another shape.
+        StkitError: a path longer than the context, a weight on a token that nothing predicts, positions of another
+        shape.
     """
     if not trees:
         raise StkitError("no tree to pack: give at least one")
@@ -146,7 +149,9 @@ def pack(
     position, following = _positions([node for node, _ in order], parents, known)
     _check(trees, order, slices, parents, weight, prev, context)
     ids = torch.tensor([i for node, _ in order for i in node.ids])
-    return Packed(ids, end, prev, position, weight, tuple(slices), tuple(parents), tuple(n for n, _ in order), following)
+    return Packed(
+        ids, end, prev, position, weight, tuple(slices), tuple(parents), tuple(n for n, _ in order), following
+    )
 
 
 def _subtree_stops(slices: Sequence[slice], parents: Sequence[int]) -> list[int]:
@@ -168,7 +173,9 @@ def _positions(nodes, parents, roots) -> tuple[torch.Tensor, torch.Tensor]:
             first = following[parent] if parent >= 0 else torch.zeros(3, 1, dtype=torch.long)
             given = first + torch.arange(length + 1)
         elif given.shape != (3, length + 1):
-            raise StkitError(f"root positions {tuple(given.shape)}: give (3, {length + 1}), one more than it has tokens")
+            raise StkitError(
+                f"root positions {tuple(given.shape)}: give (3, {length + 1}), one more than it has tokens"
+            )
         pieces.append(given[:, :length])
         following.append(given[:, length:])
     return torch.cat(pieces, dim=1), torch.cat(following, dim=1)

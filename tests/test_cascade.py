@@ -14,6 +14,7 @@ from stkit_kernels.cascade import cascade_attention, merge
 from stkit_kernels.memory import peak_bytes
 from stkit_kernels.plan import plan_tree
 from stkit_kernels.reference import dense_attention, visible_mask
+from stkit_kernels.triton_tree import plan_blocks
 
 CPU = torch.device("cpu")
 
@@ -168,6 +169,30 @@ def test_no_mask_of_tokens_by_tokens_is_ever_alive(backward):
 
     dense = peak_bytes(lambda: dense_attention(q, k, v, visible_mask(end)))
     assert len(end) ** 2 <= dense, "the measure sees a mask where there is one"
+    assert peak_bytes(attend) < len(end) ** 2 / 2
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "aten-flash", "aten-efficient", "triton"])
+def test_nor_is_one_made_for_a_gpus_primitives(monkeypatch, name):
+    """Primitives that do nothing: what is left is what the cascade itself holds, plan and list of blocks included."""
+    end = ends([800, *[10, 20, 30, 20, 10] * 3], [-1] + [0] * 15)
+    q, k, v, grad = tensors(len(end), heads=2, kv=1, size=8)
+
+    def forward(q, k, v, *_):
+        padded = q.dim() == 4
+        return torch.zeros_like(q), torch.zeros(q.shape[:3] if padded else (q.shape[1], q.shape[0]))
+
+    def backward(grad, q, k, v, *_):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    monkeypatch.setitem(backends._PRIMITIVES, name, Primitive(forward, backward))
+
+    def attend():
+        if name == "triton":
+            return plan_blocks(end, 64, 64)
+        out = cascade_attention(q, k, v, plan_tree(end), backend=backends.Backend(name, "", backends._STYLES[name]))
+        return torch.autograd.grad(out, (q, k, v), grad)
+
     assert peak_bytes(attend) < len(end) ** 2 / 2
 
 

@@ -57,7 +57,7 @@ def every_row(sizes: Sizes, say: Callable) -> list[dict]:
         for value in values[: 2 if sizes == SMALL else None]:
             s = make_setting(sizes, **{name: value})
             peer, ours, diff = ways(s)
-            row = timed(f"{of}: {value}", peer, ours, 1, ">= 1", diff) | {"of": of, "at": value}
+            row = timed(f"{of}: {value}", peer, ours, 1 if sizes == SMALL else 3, ">= 1", diff) | {"of": of, "at": value}
             prompts = peers.every_prompt(s) if of == "questions" else peers.whole(s).tolist()
             row["peer_tokens"] = sum(map(len, prompts))
             rows.append(row)

@@ -59,7 +59,7 @@ def rows(small: bool, timed: Callable, row: Callable) -> list[dict]:
     for p, g, c in [(60, 2, 8)] if small else SWEEP:
         masked, cascade = pair(p, g, c)
         diff = max(float((a - b).abs().max()) for a, b in zip(masked(), cascade()))
-        each = 2 if small else (25 if p + g * c < 1500 else 2)
+        each = 2 if small else (9 if p + g * c < 1500 else 2)
         swept.append(timed(f"P={p} G={g} C={c}", masked, cascade, each, ">= 1", diff))
     worst = min(swept, key=lambda r: r["ratio"])
     label = f"cascade against masked SDPA, worst of {len(swept)} sizes ({worst['name']})"

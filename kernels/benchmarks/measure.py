@@ -26,16 +26,23 @@ class Times(NamedTuple):
 
 
 def alternate(peer: Callable, ours: Callable, repeats: int) -> tuple[Times, Times]:
-    """Both by turns, once to warm up and then ``repeats`` times each."""
+    """Both by turns, once to warm up and then ``repeats`` times each; a turn repeats what takes under 0.1 s."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
+    each = max(1, min(50, int(0.1 / max(_seconds(peer, 1), _seconds(ours, 1)))))
+    for _ in range(repeats):
         for kept, call in zip(seconds, (peer, ours)):
             gc.collect()
-            begin = time.perf_counter()
-            call()
-            if turn:
-                kept.append(time.perf_counter() - begin)
+            kept.append(_seconds(call, each))
     return tuple(Times(statistics.median(s), min(s), max(s)) for s in seconds)
+
+
+def _seconds(call: Callable, each: int) -> float:
+    if each > 1:  # collecting garbage put the threads to sleep
+        call()
+    begin = time.perf_counter()
+    for _ in range(each):
+        call()
+    return (time.perf_counter() - begin) / each
 
 
 class AttentionFlops(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """A model on a tree against Transformers' own forward pass on each branch alone: log-probs, gradients, every family."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from test_prompts import QUESTION
 from torch import nn
 
 from stkit.runtime import BadUse, StkitError
+from stkit.vlm import logps
+from stkit.vlm.ask import letter_log_probs
 from stkit.vlm.attention import TreeAttention, pack_for, tree_forward
 from stkit.vlm.logps import head_weight, next_log_probs, tree_logps
 from stkit.vlm.prompts import build_prompt
@@ -217,6 +220,37 @@ def test_features_that_are_given_are_used_and_the_tower_does_not_run_again(monke
     assert torch.equal(tree_logps(model, tree, video, features).log_probs, expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_ever_scored_without_the_frames(family):
+    """An exception in a sibling project's trainer retried without the video; features left out would do the same."""
+    video, tree = pairs(family)[0]
+    model = model_of(family)
+    packed = pack_for(model, [tree], [video])
+    other = encode_video(model, make_video(family)._replace(grid_thw=video.grid_thw, pixel_values=video.pixel_values))
+    short = type(other)(**{**other, "pooler_output": tuple(part[:-1] for part in other.pooler_output)})
+    for features in (None, short):
+        with pytest.raises(StkitError, match=r"hold 24 video tokens, the features are of (0|23): give encode_video's"):
+            tree_forward(model, packed, [features], TreeAttention(packed.end, model))
+    with pytest.raises(StkitError, match="the features are of 0"):
+        next_log_probs(model, [tree], [video], [None], [tree], [[1]])
+    prompt = build_prompt(QUESTION, MODELS[family].processor, family, video)
+    left_out, given = (letter_log_probs(MODELS[family], [prompt], video, f)[0] for f in (None, other))
+    assert (left_out == given).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision_is_as_close_as_transformers_own(family):
+    """Under autocast keys are float32 after their rotation and values bfloat16; torch's attention casts them alike."""
+    video, tree = pairs(family)[0]
+    model = model_of(family)
+    exact = tree_logps(model, tree, video).log_probs
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree_logps(model, tree, video)
+        theirs = unpacked(model, family, found.packed, video)
+    error, usual = (found.log_probs - exact).abs().mean(), (theirs - exact).abs().mean()
+    assert 0 < error < 1.5 * usual
+
+
 def test_temperature_and_entropy_are_those_of_the_distribution():
     video, tree = pairs("qwen2_5_vl")[0]
     model = model_of("qwen2_5_vl")
@@ -308,12 +342,27 @@ def test_out_of_memory_says_what_the_plan_was_and_what_to_lower(monkeypatch):
     video, tree = pairs("qwen2_5_vl")[0]
     model = model_of("qwen2_5_vl")
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(TreeAttention, "attend", full)
-    with pytest.raises(StkitError, match=r"out of memory: \d+ tokens in 7 branches .* lower max_tokens, .* 20.00 GiB"):
-        tree_logps(model, tree, video)
+    for place in ((TreeAttention, "attend"), (logps, "encode_video"), (logps, "selected_log_probs")):
+        with monkeypatch.context() as patch, pytest.raises(StkitError) as error:
+            patch.setattr(*place, full)
+            tree_logps(model, tree, video)
+        told = r"out of memory: \d+ tokens in 7 branches .* lower max_tokens, .* 20.00 GiB"
+        assert re.search(told, str(error.value)), place
+
+
+def test_an_error_that_has_nothing_to_do_with_memory_stays_as_it_is(monkeypatch):
+    video, tree = pairs("qwen2_5_vl")[0]
+
+    def broken(*_):
+        raise RuntimeError("a fault of its own")
+
+    monkeypatch.setattr(TreeAttention, "attend", broken)
+    with pytest.raises(RuntimeError, match="^a fault of its own$") as error:
+        tree_logps(model_of("qwen2_5_vl"), tree, video)
+    assert error.value.__cause__ is None
 
 
 def split_in_the_video(model, tree) -> Tree:
@@ -321,6 +370,16 @@ def split_in_the_video(model, tree) -> Tree:
     half = Tree(tree.ids[:middle], name="half")
     half.branch(tree.ids[middle:])
     return half
+
+
+def with_a_window(model):
+    for attention in (layer.self_attn for layer in model.model.language_model.layers):
+        attention.sliding_window = 4
+    return model
+
+
+def with_an_image(model, tree) -> Tree:
+    return Tree((model.config.image_token_id, *tree.ids), name="both")
 
 
 def with_head_adapter(model):
@@ -337,6 +396,8 @@ def with_head_adapter(model):
         (lambda m, t, v: (m, t.branch([10**6], name="big") and t, v), "'big' holds the id 1000000: the vocabulary has"),
         (lambda m, t, v: (m, t.branch([1] * 5000, name="long") and t, v), "the model's context is 4096"),
         (lambda m, t, v: (nn.Linear(2, 2), t, v), "Linear is no Qwen-VL"),
+        (lambda m, t, v: (with_a_window(m), t, v), "layer 0 attends within 4 tokens: trees have no sliding windows"),
+        (lambda m, t, v: (m, with_an_image(m, t), v), "'both' holds image tokens: trees take videos only"),
         (lambda m, t, v: (with_head_adapter(m), t, v), "leave lm_head out of the adapter"),
     ],
 )

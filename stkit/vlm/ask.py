@@ -19,6 +19,7 @@ from .logps import next_log_probs
 from .prompts import Prompt
 from .tree import trie
 from .video import VideoInputs
+from .vision import encode_video
 
 MAX_TOKENS = 16_384
 
@@ -39,9 +40,10 @@ def letter_log_probs(
     Args:
         loaded: model, processor, record.
         prompts: multiple-choice prompts, all with this video (or all without).
-        video, features: as prepared, and what :func:`stkit.vlm.vision.encode_video` made of it; None for prompts
-        without. max_tokens: of a tree, computed at once; more prompts make more trees. The result doesn't depend on it
-            (in float32 to 1e-5).
+        video: as prepared; None for prompts without.
+        features: what :func:`stkit.vlm.vision.encode_video` made of it; None: it is called here.
+        max_tokens: of a tree, computed at once; more prompts make more trees. The result doesn't depend on it (in
+            float32 to 1e-5).
 
     Returns:
         One float64 array ``(n options,)`` a prompt: log-softmax in float32 over the whole vocabulary.
@@ -50,6 +52,7 @@ def letter_log_probs(
         StkitError: a single prompt is longer than ``max_tokens``.
     """
     found = []
+    features = encode_video(loaded.model, video) if features is None else features
     for batch in bounded(prompts, max_tokens):
         trees, last = trie([prompt.ids for prompt in batch])
         both = [video] * len(trees), [features] * len(trees)
@@ -75,6 +78,7 @@ def decode(
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     greedy = Sampling(max_new_tokens, greedy=True, stop=tuple(end for end in ends if end is not None))
     found = []
+    features = encode_video(loaded.model, video) if features is None else features  # once, not for every batch
     for batch in bounded(prompts, max_tokens, max_new_tokens):
         groups = generate(loaded.model, [prompt.ids for prompt in batch], video, features, sampling=greedy)
         found += [_said(loaded, rollout.ids, rollout.finished) for (rollout,) in groups]

@@ -10,7 +10,8 @@ of each branch, the video's features once, and no mask::
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from stkit_kernels.backends import choose_backend
@@ -43,8 +44,11 @@ class TreeAttention:
     def __init__(self, end: torch.Tensor, model, backend: str = "auto"):
         base = base_model(model)
         weight = base.get_input_embeddings().weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         try:
-            self.backend = choose_backend(weight.device, weight.dtype, head_size(base.config), backend)
+            self.backend = choose_backend(device, dtype, head_size(base.config), backend)
         except ValueError as error:
             raise StkitError(str(error)) from error
         self.plan = plan_tree(end.to(weight.device))
@@ -54,8 +58,12 @@ class TreeAttention:
         return cascade_attention(query, key, value, self.plan, scale, self.backend)
 
 
-def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **_):
+def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **others):
     """What Transformers' layers call: ``tree`` is whatever has an ``attend``."""
+    if window := others.get("sliding_window"):
+        raise StkitError(f"layer {module.layer_idx} attends within {window} tokens: trees have no sliding windows")
+    if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does there
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     return tree.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
@@ -71,7 +79,8 @@ def pack_for(model, trees: Sequence[Tree], videos: Sequence[VideoInputs | None],
         context: tokens from a root to a leaf at most; None for what the model's configuration says.
 
     Raises:
-        StkitError: a root with another number of video tokens than its video has; a path too long; an unknown token.
+        StkitError: a root with another number of video tokens than its video has, or with an image; a path too long; an
+            unknown token.
     """
     base = base_model(model)
     if len(trees) != len(videos):
@@ -90,6 +99,8 @@ def _root_positions(base, root: Tree, video: VideoInputs | None) -> torch.Tensor
     pad = base.config.video_token_id
     count, merge = root.ids.count(pad), base.config.vision_config.spatial_merge_size
     wanted = 0 if video is None else int(video.grid_thw.prod()) // merge**2
+    if base.config.image_token_id in root.ids:
+        raise StkitError(f"branch {root.name!r} holds image tokens: trees take videos only")
     if count != wanted:
         grid = "no video" if video is None else f"a video of {wanted} tokens (grid {video.grid_thw.tolist()})"
         raise StkitError(
@@ -118,16 +129,15 @@ def tree_forward(model, packed: Packed, features: Sequence, tree) -> torch.Tenso
         ``(T, E)`` in the model's dtype, after the final norm. Gradient checkpointing works as it does without trees.
 
     Raises:
-        StkitError: dropout is active; a hidden state is not finite (says where that began); out of memory.
+        StkitError: features that are missing or of another video; dropout is active; a hidden state is not finite
+            (says where that began); out of memory.
     """
     refuse_dropout(model)
     language = with_tree_attention(model)
     device = language.norm.weight.device
     inputs = _embedded(model, packed, features) | {"position_ids": packed.position[:, None].to(device)}
-    try:
+    with memory_explained(packed):
         hidden = language(**inputs, use_cache=False, tree=tree).last_hidden_state[0]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise explained(error, packed) from error
     if not torch.isfinite(hidden).all():
         raise StkitError(_where_not_finite(language, inputs, tree, packed))
     return hidden
@@ -140,12 +150,15 @@ def _embedded(model, packed: Packed, features: Sequence) -> dict:
     ids = packed.ids.to(embedding.weight.device)
     values = embedding(ids[None])[0]
     there = [f for f in features if f is not None]
-    if not there:
-        return {"inputs_embeds": values[None]}
     seen = torch.zeros(len(packed), dtype=torch.bool, device=ids.device)
     for piece, parent in zip(packed.slices, packed.parents):
         if parent < 0:  # a video token that a branch holds was sampled, and is a token like any other
             seen[piece] = ids[piece] == base.config.video_token_id
+    count, given = int(seen.sum()), sum(len(part) for f in there for part in f.pooler_output)
+    if count != given:  # never without the frames
+        raise StkitError(f"the roots hold {count} video tokens, the features are of {given}: give encode_video's output")
+    if not there:
+        return {"inputs_embeds": values[None]}
     shown = torch.cat([part for f in there for part in f.pooler_output]).to(values)
     found = {"inputs_embeds": values.index_copy(0, seen.nonzero().flatten(), shown)[None]}
     if getattr(there[0], "deepstack_features", None) is not None:
@@ -180,16 +193,20 @@ def refuse_dropout(model) -> None:
             raise StkitError(f"{name} has attention_dropout={rate}: set it to 0, or call model.eval()")
 
 
-def explained(error: Exception, packed: Packed) -> Exception:
-    """Out of memory in words that help; any other error as it is."""
-    text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
-        return error
-    plan = f"{len(packed)} tokens in {len(packed.nodes)} branches were to be computed at once"
-    return StkitError(
-        f"out of memory: {plan}: lower max_tokens, frames or max_pixels, ask for fewer rollouts, or switch gradient "
-        f"checkpointing on ({' '.join(text.split())[:120]})"
-    )
+@contextmanager
+def memory_explained(packed: Packed) -> Iterator[None]:
+    """Out of memory in words that help: what was to be computed, and what to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        plan = f"{len(packed)} tokens in {len(packed.nodes)} branches were to be computed at once"
+        raise StkitError(
+            f"out of memory: {plan}: lower max_tokens, frames or max_pixels, ask for fewer rollouts, or switch gradient "
+            f"checkpointing on ({text[:120]})"
+        ) from error
 
 
 def _where_not_finite(language, inputs: dict, tree, packed: Packed) -> str:

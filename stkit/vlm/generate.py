@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..runtime import BadUse, StkitError, child_seed
-from .attention import TreeAttention, explained, pack_for, tree_forward, with_tree_attention
+from .attention import TreeAttention, memory_explained, pack_for, tree_forward, with_tree_attention
 from .few_rows import product, with_few_rows
 from .kvcache import TreeCache
 from .logps import head_weight
@@ -122,7 +122,8 @@ def generate(
     videos = [video] * len(trees)
     packed = pack_for(model, trees, videos)
     if features is None:
-        features = encode_video(model, video)
+        with memory_explained(packed):
+            features = encode_video(model, video)
     number = {id(node): k for k, node in enumerate(packed.nodes)}
     seats = sorted((number[id(node)], p, i) for p, node in enumerate(last) for i in range(group))
     ends = [seat[0] for seat in seats]
@@ -131,10 +132,8 @@ def generate(
     hidden = tree_forward(model, packed, [features] * len(trees), cache)
     first = hidden[[packed.slices[end].stop - 1 for end in ends]]
     decoder = _Decoder(model, cache, sampling, packed.following[:, ends])
-    try:
+    with memory_explained(packed):
         rollouts = decoder.run(first, [seat[1:] for seat in seats])
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise explained(error, packed) from error
     groups: list[list[Rollout]] = [[None] * group for _ in prompts]
     for (_, p, i), rollout in zip(seats, rollouts):
         groups[p][i] = rollout

@@ -17,7 +17,7 @@ from stkit_kernels.logprob import log_probs_of, selected_log_probs
 from torch import nn
 
 from ..runtime import BadUse, StkitError
-from .attention import TreeAttention, pack_for, tree_forward
+from .attention import TreeAttention, memory_explained, pack_for, tree_forward
 from .tree import Packed, Tree
 from .video import VideoInputs
 from .views import base_model
@@ -76,7 +76,8 @@ def tree_logps(
     packed = pack_for(model, trees, videos)
     attention = TreeAttention(packed.end, model, backend)
     if features is None:
-        encoded = [encode_video(model, v) for v in videos]
+        with memory_explained(packed):
+            encoded = [encode_video(model, v) for v in videos]
     hidden = tree_forward(model, packed, encoded, attention)
     wanted = packed.prev >= 0
     if tokens == "weighted":
@@ -84,7 +85,8 @@ def tree_logps(
     rows = wanted.nonzero().flatten().to(hidden.device)
     chosen = hidden[packed.prev.to(hidden.device)[rows]]
     targets = packed.ids.to(hidden.device)[rows]
-    found = selected_log_probs(chosen, head_weight(model), targets, temperature=temperature, entropy=entropy)
+    with memory_explained(packed):
+        found = selected_log_probs(chosen, head_weight(model), targets, temperature=temperature, entropy=entropy)
     path = {"attention": attention.backend.name, "attention_why": attention.backend.why, "log_probs": found.backend}
     spread = None if found.entropy is None else _placed(found.entropy, rows, len(packed))
     return TreeLogProbs(_placed(found.log_probs, rows, len(packed)), spread, packed, path)

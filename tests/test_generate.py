@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,6 +261,20 @@ def test_out_of_memory_while_decoding_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(kvcache.TreeCache, "_decode", full)
     with pytest.raises(StkitError, match="out of memory: .* lower max_tokens, .* ask for fewer rollouts"):
         generate(model, [asked(family, video, 1)[0].ids], video, group=2, sampling=Sampling(max_new_tokens=3))
+
+
+def test_scores_beyond_the_range_of_float16_are_decoded():
+    """Qwen's queries and keys give unscaled scores over 65,504, which float16 doesn't hold."""
+    packed = trie([[1, 2, 3]])[0][0].pack()
+    plain = SimpleNamespace(plan=SimpleNamespace(end=packed.end), attend=lambda *x: x[1])
+    cache = kvcache.TreeCache(packed, [0, 0], plain, max_new_tokens=1)
+    q, k = torch.full((1, 2, 3, 64), 40.0).half(), torch.full((1, 1, 3, 64), 40.0).half()
+    v = torch.arange(3.0).half()[None, None, :, None].expand(1, 1, 3, 64)
+    assert not torch.isfinite(q[0, 0] @ k[0, 0].T).any()
+    cache.attend(0, q, k, v, 0.125)
+    cache.start()
+    out = cache.attend(0, q[:, :, :1].expand(2, -1, -1, -1), k[:, :, :1].expand(2, -1, -1, -1), 5 * torch.ones(2, 1, 1, 64).half(), 0.125)
+    assert torch.allclose(out, torch.full_like(out, (0 + 1 + 2 + 5) / 4))
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_never_a_token():

@@ -2,8 +2,8 @@
 
 While the prompts are computed the cache attends by the cascade and keeps each node's keys and values. While rollouts
 are decoded, one token each at a time, a query meets the keys of every node on its path (shared with all rollouts there)
-and those of its own rollout, under one softmax. Nothing is copied for a group and nothing grows:
-rollouts have their room from the start, and those that have ended leave it to the others.
+and those of its own rollout, under one softmax. Nothing is copied for a group and nothing grows: rollouts have their
+room from the start, and those that have ended leave it to the others.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,7 @@ class Shelf:
 
     def score(self, scores: torch.Tensor, folded: torch.Tensor, layer: int) -> None:
         """Write the scores of queries ``(R, KV, g, D)`` on this shelf's keys into their columns ``(R, KV, g, ...)``."""
-        count, length = self.rows.shape
-        columns = scores[..., self.column : self.column + length]
+        columns = scores[..., self.column : self.column + self.rows.shape[1]]
         found = self._taken(folded) @ self.keys[layer].transpose(-1, -2)
         if self.mask is not None:
             found += self.mask.to(found.dtype)
@@ -151,14 +150,16 @@ class TreeCache:
         kv, length = key.shape[1], self.step + 1
         self.keys[layer][:, :, self.step] = key[:, :, 0]
         self.values[layer][:, :, self.step] = value[:, :, 0]
-        folded = query.reshape(rollouts, kv, heads // kv, size)  # heads that share keys are rows of one product
+        # heads that share keys are rows of one product; scaled first, or scores in float16 can exceed its range
+        folded = (query * scale).reshape(rollouts, kv, heads // kv, size)
         keys, values = (room[layer][:, :, :length] for room in (self.keys, self.values))
         shape = (rollouts, kv, heads // kv, self.width + length)
-        scores = torch.full(shape, float("-inf"), device=query.device)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.full(shape, float("-inf"), dtype=wide, device=query.device)
         scores[..., self.width :] = folded @ keys.transpose(-1, -2)
         for shelf in self.shelves:
             shelf.score(scores, folded, layer)
-        shares = torch.softmax(scores.mul_(scale), -1).to(value.dtype)
+        shares = torch.softmax(scores, -1).to(value.dtype)
         out = shares[..., self.width :] @ values
         for shelf in self.shelves:
             shelf.add(out, shares, layer)

@@ -319,7 +319,8 @@ def test_an_unknown_backend_is_told_which_there_are():
     [
         ((7, 5), torch.float16, 64, "aten-efficient"),
         ((8, 0), torch.float32, 64, "aten-efficient"),
-        ((8, 0), torch.float16, 60, "aten-efficient"),
+        ((8, 0), torch.float16, 60, "dense"),
+        ((8, 0), torch.float64, 64, "dense"),
         ((9, 0), torch.bfloat16, 128, "aten-flash"),
     ],
 )

@@ -1,5 +1,4 @@
-"""The primitives under the cascade: attention that gives its log-sum-exp, on each kind of device, and one choice of
-them.
+"""The primitives under the cascade: attention that gives its log-sum-exp, on each kind of device, and the choice.
 
     choose_backend(torch.device("cpu"), torch.float32, 64)      # Backend(name='cpu-flash', why="torch's flash attention
     ...")
@@ -82,9 +81,9 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_size: int
         return f"it needs a CUDA GPU, the tensors are on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if name == "aten-efficient":
-        return (
-            "" if capability[0] >= 5 else f"it needs compute capability 5, this GPU has {capability[0]}.{capability[1]}"
-        )
+        usable = dtype != torch.float64 and head_size % 8 == 0
+        kind = str(dtype).removeprefix("torch.")
+        return "" if usable else f"it takes head sizes that are multiples of 8 and no float64: {head_size}, {kind}"
     if capability[0] < 8:
         return f"it needs compute capability 8, this GPU has {capability[0]}.{capability[1]} (a T4 has 7.5)"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -1,8 +1,7 @@
 """Run every measure of the table: `make bench` writes runs/bench/bench.json, bench.md, plots and report.html.
 
     python kernels/benchmarks/bench.py --out runs/bench            # under 25 minutes on 2 cores
-    python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds; goals are not
-    judged
+    python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds
 
 A row holds name, unit, peer, ours, ratio (peer / ours), goal, met, reason (of a goal not met), max_abs_diff (how far
 the two answers are apart) and the spread of both.
@@ -43,8 +42,7 @@ def row(
 
 
 def explain(found: dict, work: float, call: Callable, limits: measure.Machine) -> None:
-    """Say why a goal isn't met: where the time goes, and what the ratio would be at this machine's best rate of
-    products.
+    """Say why a goal isn't met: where the time goes, and the ratio at this machine's best rate of products.
 
     ``work``: FLOPs of our call, forward and backward pass.
     """

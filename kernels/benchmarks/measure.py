@@ -46,8 +46,7 @@ def _seconds(call: Callable, each: int) -> float:
 
 
 class AttentionFlops(TorchDispatchMode):
-    """FLOPs of attention on a CPU, which torch's own counter takes for nothing: 4 D for each (query, key) pair of a
-    head.
+    """FLOPs of attention on a CPU, which torch's counter takes for nothing: 4 D a (query, key) pair of a head.
 
     A causal call computes the pairs with key <= query; a call with a mask of queries by keys computes all of them.
     """

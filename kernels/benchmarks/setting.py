@@ -1,5 +1,4 @@
-"""What is measured: a Qwen2.5-VL of 54 M parameters with a LoRA, a video, a prompt, rollouts and questions. All from a
-seed.
+"""What is measured: a Qwen2.5-VL of 54 M parameters with a LoRA, a video, a prompt, rollouts, questions; from a seed.
 
 Weights are random: what a pass costs doesn't depend on what they are.
 """

@@ -1,5 +1,4 @@
-"""Linear layers at a handful of rows on a CPU, where decoding spends its time: the same numbers, read in a faster
-order.
+"""Linear layers at a handful of rows on a CPU, where decoding spends its time: the same products in a faster order.
 
 A step of decoding multiplies a few rows by every weight. ``weight @ rows.T`` is computed twice as fast there as
 ``rows @ weight.T``, and a LoRA on it takes two products more instead of eight calls::

@@ -1,8 +1,7 @@
 """The prefix tree: many continuations of one prompt, laid out once in one sequence of T tokens.
 
 A node is a run of tokens: the video prompt is the root, a question its child, a rollout a grandchild. Depth first,
-every subtree is one contiguous slice, so that one number a token says who sees it: query q sees key k iff k <= q <
-end[k]::
+every subtree is one contiguous slice, so that one number a token says who sees it: q sees k iff k <= q < end[k]::
 
     tree = Tree([1, 2, 3], name="video")
     question = tree.branch([4, 5], name="question")
@@ -59,9 +58,9 @@ class Tree:
         """This tree in one sequence: see :func:`pack`."""
         return pack([self], None if root_positions is None else [root_positions], context)
 
-    def draw(self, ax=None, context: int | None = None) -> str:
-        """A picture: text to print, and drawn on a matplotlib axis if one is given (nodes as bars over their tokens)."""
-        return tree_picture.draw(self.pack(context=context), ax)
+    def draw(self, ax=None) -> str:
+        """A picture: text to print, and drawn on a matplotlib axis if one is given (nodes as bars over tokens)."""
+        return tree_picture.draw(self.pack(), ax)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@
 import hashlib
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 PACKAGES = ("stkit", "torch", "transformers", "peft", "bitsandbytes", "decord", "av", "vizdoom", "numpy", "scikit-learn")
@@ -22,6 +24,24 @@ class BadUse(StkitError):
 
 class StkitWarning(UserWarning):
     """Something the user should know that doesn't stop the work."""
+
+
+@contextmanager
+def explain_memory(plan: str, lower: str) -> Iterator[None]:
+    """Turn an error for want of memory, on a GPU or a CPU, into a StkitError that says what the plan was.
+
+    Args:
+        plan: what was to be computed. lower: which arguments make it smaller.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise StkitError(f"out of memory: {plan}: {lower} ({text[:120]})") from error
 
 
 def child_seed(seed: int, *names: object) -> int:

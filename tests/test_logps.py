@@ -345,7 +345,7 @@ def test_out_of_memory_says_what_the_plan_was_and_what_to_lower(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    for place in ((TreeAttention, "attend"), (logps, "encode_video"), (logps, "selected_log_probs")):
+    for place in ((TreeAttention, "attend"), (logps, "selected_log_probs")):
         with monkeypatch.context() as patch, pytest.raises(StkitError) as error:
             patch.setattr(*place, full)
             tree_logps(model, tree, video)

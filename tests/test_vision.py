@@ -444,3 +444,14 @@ def test_a_block_with_a_forward_pass_of_its_own_is_refused():
 
 def test_no_video_has_no_features():
     assert encode_video(MODELS["qwen2_vl"].model, None) is None
+
+
+def test_out_of_memory_in_the_tower_says_what_to_lower(monkeypatch):
+    model = MODELS["qwen2_5_vl"].model
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", full)
+    with pytest.raises(StkitError, match=r"out of memory: 32 patches .* tower: lower frames or max_pixels .*3.00 GiB"):
+        encode_video(model, noise(model, (2, 4, 4)))

@@ -10,8 +10,7 @@ of each branch, the video's features once, and no mask::
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from stkit_kernels.backends import choose_backend
@@ -20,7 +19,7 @@ from stkit_kernels.plan import plan_tree
 from torch import nn
 from transformers import AttentionInterface
 
-from ..runtime import StkitError
+from ..runtime import StkitError, explain_memory
 from .load import head_size
 from .tree import Packed, Tree, pack
 from .video import VideoInputs
@@ -193,20 +192,11 @@ def refuse_dropout(model) -> None:
             raise StkitError(f"{name} has attention_dropout={rate}: set it to 0, or call model.eval()")
 
 
-@contextmanager
-def memory_explained(packed: Packed) -> Iterator[None]:
-    """Out of memory in words that help: what was to be computed, and what to lower."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        text = " ".join(str(error).split())
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
-            raise
-        plan = f"{len(packed)} tokens in {len(packed.nodes)} branches were to be computed at once"
-        raise StkitError(
-            f"out of memory: {plan}: lower max_tokens, frames or max_pixels, ask for fewer rollouts, or switch gradient "
-            f"checkpointing on ({text[:120]})"
-        ) from error
+def memory_explained(packed: Packed):
+    """A context in which out of memory is told with what was to be computed and what to lower."""
+    plan = f"{len(packed)} tokens in {len(packed.nodes)} branches were to be computed at once"
+    lower = "lower max_tokens, frames or max_pixels, ask for fewer rollouts, or switch gradient checkpointing on"
+    return explain_memory(plan, lower)
 
 
 def _where_not_finite(language, inputs: dict, tree, packed: Packed) -> str:

@@ -122,8 +122,7 @@ def generate(
     videos = [video] * len(trees)
     packed = pack_for(model, trees, videos)
     if features is None:
-        with memory_explained(packed):
-            features = encode_video(model, video)
+        features = encode_video(model, video)
     number = {id(node): k for k, node in enumerate(packed.nodes)}
     seats = sorted((number[id(node)], p, i) for p, node in enumerate(last) for i in range(group))
     ends = [seat[0] for seat in seats]

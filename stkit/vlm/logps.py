@@ -76,8 +76,7 @@ def tree_logps(
     packed = pack_for(model, trees, videos)
     attention = TreeAttention(packed.end, model, backend)
     if features is None:
-        with memory_explained(packed):
-            encoded = [encode_video(model, v) for v in videos]
+        encoded = [encode_video(model, v) for v in videos]
     hidden = tree_forward(model, packed, encoded, attention)
     wanted = packed.prev >= 0
     if tokens == "weighted":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..runtime import BadUse, StkitError
+from ..runtime import BadUse, StkitError, explain_memory
 from .video import VideoInputs
 from .views import active, view
 
@@ -47,7 +47,7 @@ def encode_video(model, video: VideoInputs | None, grad: bool | None = None):
 
     Raises:
         StkitError: no such model; pixels and grid that disagree; pixels of another dtype or device, or not finite;
-            an output that is not finite. BadUse: a graph was asked for where none can be.
+            an output that is not finite; out of memory. BadUse: a graph was asked for where none can be.
     """
     if video is None:
         return None
@@ -58,7 +58,8 @@ def encode_video(model, video: VideoInputs | None, grad: bool | None = None):
         raise StkitError(f"{type(base).__name__} has no vision tower of a Qwen-VL: give a Qwen2-VL, 2.5-VL or 3-VL")
     pixels, grid = _checked(tower, video)
     graph = _graph_wanted(tower, grad)
-    with torch.set_grad_enabled(graph):
+    plan = f"{len(pixels)} patches of a video went through the vision tower"
+    with torch.set_grad_enabled(graph), explain_memory(plan, "lower frames or max_pixels"):
         features = view(core, visual=_batched(tower)).get_video_features(pixels, grid, return_dict=True)
     if not all(part.isfinite().all() for part in features.pooler_output):
         dtype = str(features.pooler_output[0].dtype).removeprefix("torch.")

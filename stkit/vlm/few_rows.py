@@ -6,8 +6,9 @@ A step of decoding multiplies a few rows by every weight. ``weight @ rows.T`` is
     language = with_few_rows(language)      # a view: the model itself is as it was
 """
 
+import sys
+
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from .views import view
@@ -26,14 +27,20 @@ def with_few_rows(module: nn.Module) -> nn.Module:
     """
     if type(module) is nn.Linear:
         return view(module, _linear)
-    if type(module) is LoraLinear and _is_plain(module):
+    if _is_lora(module) and _is_plain(module):
         return view(module, _lora, module.active_adapters[0])
     changed = {n: with_few_rows(c) for n, c in module._modules.items() if c is not None}
     changed = {n: c for n, c in changed.items() if c is not module._modules[n]}
     return view(module, **changed) if changed else module
 
 
-def _is_plain(lora: LoraLinear) -> bool:
+def _is_lora(module: nn.Module) -> bool:
+    """Asked without importing peft, which takes seconds: where there is a LoRA, it has been imported."""
+    peft = sys.modules.get("peft.tuners.lora")
+    return peft is not None and type(module) is peft.Linear
+
+
+def _is_plain(lora) -> bool:
     name = lora.active_adapters[0] if len(lora.active_adapters) == 1 else None
     usual = not lora.merged and not lora.disable_adapters and name in lora.lora_A
     return usual and type(lora.base_layer) is nn.Linear and not lora.use_dora.get(name) and not lora.lora_bias.get(name)
@@ -44,7 +51,7 @@ def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return out.T.unflatten(0, x.shape[:-1])
 
 
-def _lora(lora: LoraLinear, name: str, x: torch.Tensor) -> torch.Tensor:
+def _lora(lora, name: str, x: torch.Tensor) -> torch.Tensor:
     rows, a, b = x.flatten(0, -2), lora.lora_A[name].weight, lora.lora_B[name].weight
     out = product(lora.base_layer.weight, rows, lora.base_layer.bias)
     out.addmm_(b.to(out.dtype), product(a, rows.to(a.dtype)).to(out.dtype), alpha=lora.scaling[name])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stkit.runtime import BadUse
-from stkit.train.losses import group_advantages, kl_penalty, normaliser, overlong_penalty, policy_loss
+from stkit.train.losses import group_advantages, kl_penalty, normaliser, overlong_penalty, policy_loss, reduced
 
 LENGTHS, LIMIT, G = (3, 5, 1, 4), 6, 4
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo")
@@ -59,8 +59,6 @@ def test_loss_and_gradient_are_the_papers(variant, spread):
     rows = padded(new)
     found = policy_loss(rows, padded(old), mask, advantages, variant, low, high)
     held = mask.double()
-    from stkit.train.losses import reduced
-
     kl = reduced(kl_penalty(rows, padded(ref), "k3"), held, held.sum(1), variant)
     loss = (found.total + beta * kl) / normaliser(variant, LENGTHS, LIMIT)
     grads = torch.autograd.grad(loss, new)

@@ -1,1 +1,1 @@
-"""How it learns: cold start (sft) and GRPO with reverse thinking, on prefix trees, in a loop that resumes exactly."""
+"""How it learns. So far: settings with presets, GRPO's arithmetic, checkpoints. The loop that uses them is to come."""

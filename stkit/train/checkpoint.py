@@ -1,10 +1,11 @@
 """Checkpoints that a crash cannot spoil: written under a temporary name, synced, renamed; the last few are kept.
 
-    save(folder, step, weights=model.save_pretrained, tensors={"optimizer": optimizer.state_dict()}, state={"cursor": 12})
+    tensors = {"optimizer": optimizer.state_dict(), "generators": generators()}
+    save(folder, step, weights=model.save_pretrained, tensors=tensors, state={"cursor": 12}, keep=2)
     found = latest(folder)          # by reading what is there, not by a link that may dangle
     restore = load_tensors(found / "optimizer.pt")
 
-``RUN/checkpoints/step-000010`` holds ``weights/``, ``optimizer.pt`` and ``state.json``, which is written last.
+``RUN/checkpoints/step-000010`` holds ``weights/``, a ``.pt`` for each of ``tensors``, and ``state.json``, written last.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ..runs import explain, read_json, write_json
 from ..runtime import StkitError
@@ -38,6 +40,8 @@ def save(
         StkitError: it cannot be written (a full disk): those that were there are whole still.
     """
     target, temporary = folder / NAME.format(step), folder / f".{NAME.format(step)}.{os.getpid()}.tmp"
+    if (target / "state.json").exists():  # stopped just after it was written: the state is the same
+        return target
     try:
         remove_leftovers(folder)
         (temporary / "weights").mkdir(parents=True)
@@ -46,11 +50,9 @@ def save(
             torch.save(value, temporary / f"{name}.pt")
         write_json(temporary / "state.json", {"step": step, **state})
         sync(temporary)
-        if target.exists():  # of the same step, by a run that was stopped just after it
-            shutil.rmtree(target)
         os.replace(temporary, target)
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         cause = explain(error) if isinstance(error, OSError) else " ".join(str(error).split())[:160]
         raise StkitError(f"checkpoint of step {step} was not written, earlier ones are whole: {cause}") from error

@@ -4,7 +4,8 @@ Everything works on one row a rollout: log-probs ``(R, C)`` with a mask, so that
 checked by hand; a tree's log-probs are put into rows first (:func:`rows_of`)::
 
     advantages = group_advantages(rewards.view(-1, G), variant="grpo")
-    found = policy_loss(new, old, mask, advantages.flatten(), variant="grpo", clip_low=0.2, clip_high=0.2, limit=256)
+    found = policy_loss(new, old, mask, advantages.flatten(), variant="grpo", clip_low=0.2, clip_high=0.2)
+    loss = found.total / normaliser("grpo", mask.sum(1).tolist(), limit=256)
 
 Sources: grpo arXiv 2402.03300 eq. 3 and 4, dr_grpo arXiv 2503.20783, dapo arXiv 2503.14476, gspo arXiv 2507.18071;
 k1, k2, k3 after http://joschu.net/blog/kl-approx.html.

@@ -70,6 +70,13 @@ def test_importing_stkit_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_asking_a_model_without_an_adapter_loads_no_adapters():
+    """peft brings bitsandbytes, which writes a line of its own to stderr on some machines."""
+    code = "import sys, stkit.evaluation; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
 def test_nothing_is_unpickled():
     forbidden = re.compile(r"\bpickle\b|\bjoblib\b|\bdill\b|allow_pickle=True|weights_only=False|yaml\.load\(|trust_remote_code=True")
     for path in FILES + sorted((ROOT / "kernels").rglob("*.py")):

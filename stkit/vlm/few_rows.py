@@ -35,7 +35,7 @@ def with_few_rows(module: nn.Module) -> nn.Module:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    """Asked without importing peft, which takes seconds: where there is a LoRA, it has been imported."""
+    """Asked without importing peft, which brings bitsandbytes: where there is a LoRA, it has been imported."""
     peft = sys.modules.get("peft.tuners.lora")
     return peft is not None and type(module) is peft.Linear
 

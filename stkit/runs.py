@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import yaml
+
 from .runtime import StkitError
 
 BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8 text
@@ -95,6 +97,22 @@ def read_json(path: str | Path):
         raise StkitError(f"{path}: not JSON ({error}): fix the file or write it anew") from error
 
 
+def read_yaml(path: str | Path):
+    """Read one YAML value of plain types."""
+    path = Path(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StkitError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from error
+
+
+def write_yaml(path: str | Path, value) -> None:
+    """Write one YAML value, keys in the order given, whole or not at all."""
+    write_text(path, yaml.safe_dump(clean(value), sort_keys=False, allow_unicode=True, width=120))
+
+
 def _not_a_number(text: str):
     raise ValueError(f"{text} is not JSON")
 
@@ -165,7 +183,7 @@ def refuse_other(
 
     Args:
         settings: what must be equal for the results to belong together.
-        name: the file in the folder that holds them.
+        name: the file in the folder that holds them, JSON or YAML by its ending.
         part: the key under which that file holds ``settings``, of which only those given are compared; "" for all.
         beside: keys of that file that are not compared.
 
@@ -182,7 +200,7 @@ def refuse_other(
         if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
             raise StkitError(f"{folder} is not empty and has no {name}: choose another --out")
         return False
-    before = read_json(folder / name)
+    before = (read_yaml if name.endswith(".yaml") else read_json)(folder / name)
     before = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
     if part:
         before = before.get(part) if isinstance(before.get(part), dict) else {}
@@ -203,7 +221,7 @@ def claim(
     Args:
         folder: made when it isn't there.
         settings: what must be equal for the results to belong together.
-        name: the file in the folder that holds them.
+        name: the file in the folder that holds them, JSON or YAML by its ending.
         beside: written into that file too, but not compared (the command line, say); other keys than the settings'.
 
     Returns:
@@ -216,5 +234,5 @@ def claim(
     if refuse_other(folder, settings, name, beside=tuple(beside)):
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / name, settings | dict(beside))
+    (write_yaml if name.endswith(".yaml") else write_json)(folder / name, settings | dict(beside))
     return False

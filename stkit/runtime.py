@@ -22,13 +22,17 @@ class BadUse(StkitError):
     """The call itself makes no sense (an unknown option value, a count of zero). Exit code 2."""
 
 
+class OutOfMemory(StkitError):
+    """Memory ran out; the message says what was computed, and which arguments make it smaller."""
+
+
 class StkitWarning(UserWarning):
     """Something the user should know that doesn't stop the work."""
 
 
 @contextmanager
 def explain_memory(plan: str, lower: str) -> Iterator[None]:
-    """Turn an error for want of memory, on a GPU or a CPU, into a StkitError that says what the plan was.
+    """Turn an error for want of memory, on a GPU or a CPU, into an OutOfMemory that says what the plan was.
 
     Args:
         plan: what was to be computed. lower: which arguments make it smaller.
@@ -41,7 +45,7 @@ def explain_memory(plan: str, lower: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
             raise
-        raise StkitError(f"out of memory: {plan}: {lower} ({text[:120]})") from error
+        raise OutOfMemory(f"out of memory: {plan}: {lower} ({text[:120]})") from error
 
 
 def child_seed(seed: int, *names: object) -> int:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from ..runs import explain
-from ..runtime import BadUse, StkitError
+from ..runs import read_yaml
+from ..runtime import BadUse
 from .settings import STAGES, Settings, check_settings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -67,12 +67,7 @@ def read_preset(preset: str | Path) -> dict:
         path = PRESETS / f"{preset}.yaml"
         if str(preset) not in preset_names():
             raise BadUse(f"preset {str(preset)!r} is unknown: use {', '.join(preset_names())}, or a .yaml file")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StkitError(explain(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StkitError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from error
+    raw = read_yaml(path)
     if raw is None:
         return {}
     if not isinstance(raw, dict):

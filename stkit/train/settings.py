@@ -75,7 +75,7 @@ class TrainSettings:
 
     steps: updates; None: ``epochs``. warmup: part of the steps in which the rate rises. tower, projector: trained or
     frozen. save_every, keep: checkpoints. eval_every: updates between scores of ``eval_split`` (0: never), on at most
-    eval_limit questions.
+    eval_limit questions, with answers of at most eval_tokens. Clips of an update are those of all processes together.
     """
 
     steps: int | None = None
@@ -99,6 +99,7 @@ class TrainSettings:
     eval_every: int = 0
     eval_split: str = "dev"
     eval_limit: int | None = 64
+    eval_tokens: int = 256
     seed: int = 0
     tracker: str = "none"
 
@@ -202,7 +203,7 @@ def _check_numbers(settings: Settings) -> None:
         "train.lr": train.lr, "train.epochs": train.epochs, "train.steps": train.steps, "train.batch": train.batch,
         "train.accumulation": train.accumulation, "train.max_tokens": train.max_tokens,
         "train.clip_norm": train.clip_norm, "train.save_every": train.save_every, "train.keep": train.keep,
-        "train.eval_limit": train.eval_limit,
+        "train.eval_limit": train.eval_limit, "train.eval_tokens": train.eval_tokens,
         "lora.alpha": lora.alpha, "grpo.group": grpo.group, "grpo.temperature": grpo.temperature,
         "grpo.max_new_tokens": grpo.max_new_tokens, "grpo.updates": grpo.updates, "grpo.max_kl": grpo.max_kl,
         "grpo.patience": grpo.patience, "data.limit": settings.data.limit, "data.per_clip": settings.data.per_clip,

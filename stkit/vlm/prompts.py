@@ -10,6 +10,7 @@ plain text of ten characters, so that no row can end its turn, speak as the assi
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ from ..bench.schema import LETTERS, Question
 from ..runtime import BadUse, StkitError
 from .video import VideoInputs
 
-STYLES = ("stkit", "published")
+STYLES = ("stkit", "published", "plain")
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 THINK = "Output the thinking process in <think> </think> and the final answer in <answer> </answer> tags."
 OURS = "Answer with the letter of the right option only."
@@ -65,7 +66,8 @@ def build_prompt(
         processor: of the model; its chat template, tokenizer and merge size are used.
         family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl" (which writes the time of each temporal patch as text).
         video: what :func:`stkit.vlm.video.prepare` gave; None asks the same without the video (blind).
-        style: "stkit" (options on lines of their own) or "published" (as in ST-R1's files).
+        style: "stkit" (options on lines of their own), "published" (as in ST-R1's files) or "plain" (the question's
+            text and options without an instruction).
         think: ask for think and answer tags instead of a letter alone.
         context: tokens that the model can take; None: what the tokenizer says.
         max_new_tokens: room that must be left for an answer.
@@ -85,7 +87,7 @@ def build_prompt(
     pad = tokenizer.convert_tokens_to_ids(processor.video_token)
     head = tokenizer.encode(_timestamps(before, processor, family, video), add_special_tokens=False)
     ids = _expanded(head, pad, _tokens_per_pad(processor, family, video))
-    ids += plain_tokenizer(tokenizer).encode(asked, add_special_tokens=False).ids
+    ids += _plain(tokenizer, asked)
     ids += tokenizer.encode(instruction + after, add_special_tokens=False)
     _check_length(question, len(ids), max_new_tokens, context or tokenizer.model_max_length)
     return Prompt(
@@ -108,6 +110,8 @@ def user_text(question: Question, style: str = "stkit", think: bool = False) -> 
         instruction = " ".join([PUBLISHED] * bool(lettered) + [THINK] * think)
         return asked + "\n\n" * bool(instruction), instruction
     asked += "\nOptions:\n" * bool(lettered) + "\n".join(lettered)
+    if style == "plain":
+        return asked, ""
     wanted = [ROUTE] if question.is_open else [OURS] if not think else []
     instruction = " ".join(wanted + [THINK] * think)
     return asked + "\n" * bool(instruction), instruction
@@ -122,6 +126,29 @@ def plain_tokenizer(tokenizer) -> Tokenizer:
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return Tokenizer.from_str(json.dumps(described))
+
+
+def encode_answer(tokenizer, text: str) -> tuple[int, ...]:
+    """What an assistant writes for a text, the end of its turn included: ids that a model can be taught.
+
+    The text is plain text whatever it holds, but for the tags think and answer where the tokenizer has tokens for them.
+    """
+    text = text.encode("utf-8", "replace").decode()
+    added = tokenizer.get_added_vocab()
+    tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in added]
+    pieces = re.split(f"({'|'.join(tags)})", text) if tags else [text]
+    ids = [i for piece in pieces for i in ([added[piece]] if piece in tags else _plain(tokenizer, piece))]
+    return (*ids, turn_end(tokenizer))
+
+
+def turn_end(tokenizer) -> int:
+    """The token that ends a turn in Qwen's chat."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return tokenizer.eos_token_id if end is None or end == tokenizer.unk_token_id else end
+
+
+def _plain(tokenizer, text: str) -> list[int]:
+    return plain_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
 
 
 @lru_cache(maxsize=4)

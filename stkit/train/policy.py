@@ -1,0 +1,204 @@
+"""The model that is trained, with what it is compared to: LoRA on a frozen base, or all weights beside a frozen copy.
+
+    policy = make_policy("tiny", settings, reference=True)
+    policy.trainable                       # the parameters that an optimiser gets
+    with policy.reference() as model:      # the adapter off, or the frozen copy
+        tree_logps(model, trees, videos, features)
+    policy.save(folder); policy.restore(folder)
+"""
+
+import copy
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime import BadUse, StkitError
+from ..vlm.load import Loaded, load_model, quiet
+from ..vlm.views import base_model
+from .settings import Settings
+
+
+@dataclass
+class Policy:
+    """A model in training.
+
+    loaded: the model that learns (a peft model with LoRA), its processor and the record of what was loaded. frozen: a
+    copy of the model as it was, None with LoRA or without a reference. lora: whether an adapter is trained. tower:
+    whether the features of a video change while training.
+    """
+
+    loaded: Loaded
+    frozen: Any
+    lora: bool
+    tower: bool
+
+    @property
+    def model(self):
+        """The model that learns."""
+        return self.loaded.model
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that learn, in the model's order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The model as it was before training, without a graph."""
+        with torch.no_grad():
+            if not self.lora:
+                if self.frozen is None:
+                    raise StkitError("no copy of the model was kept: make the policy with reference=True")
+                yield self.frozen
+                return
+            with self.model.disable_adapter():
+                yield self.model
+
+    def save(self, folder: Path) -> None:
+        """Write what was learned: the adapter, or a whole model folder that Transformers loads."""
+        with quiet(progress=False):
+            self.model.save_pretrained(folder)
+        if self.lora:
+            for extra in folder.glob("README.md"):  # peft's empty model card
+                extra.unlink()
+        else:
+            self.loaded.processor.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Take the weights that :meth:`save` wrote, bit for bit."""
+        if self.lora:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+            return
+        with quiet(progress=False):
+            saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
+        self.model.load_state_dict(saved.state_dict())
+
+
+def make_policy(model: str | Path | Loaded, settings: Settings, reference: bool, device: str | None = None) -> Policy:
+    """Load a model and make it ready to learn.
+
+    Args:
+        model: a name or folder for :func:`stkit.load_model`, or what it returned (it is altered).
+        settings: model, lora, and train.tower, projector, checkpointing, precision.
+        reference: keep what the KL needs.
+        device: in place of settings.model.device, for one of several processes.
+
+    Raises:
+        StkitError: the model cannot be loaded, or cannot be trained as asked.
+    """
+    loaded = _loaded(model, settings, device)
+    if settings.model.adapter is not None:
+        loaded = _merged(loaded)
+    lora = settings.lora.rank > 0
+    if not lora:
+        _refuse_full(loaded, settings)
+    frozen = None
+    if reference and not lora:
+        frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    net = _with_adapter(loaded, settings) if lora else _unfrozen(loaded.model, settings)
+    if settings.train.checkpointing:
+        base_model(net).gradient_checkpointing_enable({"use_reentrant": False})
+    net.train()  # nothing drops out (that is refused); checkpoints are only taken in this mode
+    return Policy(Loaded(net, loaded.processor, loaded.record), frozen, lora, _tower_learns(net))
+
+
+def _loaded(model, settings: Settings, device: str | None) -> Loaded:
+    if not isinstance(model, (str, Path)):
+        return Loaded(*model)
+    return load_model(model, **asdict(settings.model) | ({"device": device} if device else {}))
+
+
+def _merged(loaded: Loaded) -> Loaded:
+    """The start adapter becomes a part of the base, so that the reference is the model that training starts from."""
+    if loaded.record["four_bit"]:
+        raise StkitError(
+            f"model.adapter={loaded.record['adapter']}: merging into 4-bit weights would round it: merge it with 'stkit "
+            "merge' and give the merged folder as --model, or set model.four_bit=false"
+        )
+    merged = loaded.model.merge_and_unload()
+    return Loaded(merged, loaded.processor, loaded.record)
+
+
+def _refuse_full(loaded: Loaded, settings: Settings) -> None:
+    if loaded.record["four_bit"]:
+        raise BadUse("lora.rank=0 trains all weights, which 4-bit ones cannot be: set model.four_bit=false, or give a rank")
+    if loaded.record["dtype"] == "float16":
+        raise BadUse("lora.rank=0 with float16 weights loses small steps: set model.dtype=float32 (or train LoRA)")
+
+
+def _with_adapter(loaded: Loaded, settings: Settings):
+    """A new LoRA adapter on the language model's targets, and on the tower and the projector where they are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    s = settings.lora
+    names = _targets(loaded.model, settings)
+    config = LoraConfig(
+        r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=rf"(.*\.)?({'|'.join(map(re.escape, names))})",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.train.seed)
+        net = get_peft_model(loaded.model, config)
+    net.peft_config["default"].base_model_name_or_path = loaded.record["name"]
+    return net
+
+
+def _targets(model, settings: Settings) -> list[str]:
+    """Names of the linear layers that get an adapter, as short as they are told apart."""
+    found, wanted = [], settings.lora.targets
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if "visual" in name:
+            part = "projector" if "merger" in name else "tower"
+            if getattr(settings.train, part):
+                found.append(name)
+        elif "language_model" in name and name.rpartition(".")[2] in wanted:
+            found.append(name)
+    there = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "visual" not in name}
+    if unknown := [t for t in wanted if t not in there]:
+        raise BadUse(f"lora.targets has {unknown[0]!r}, this model has {', '.join(sorted(there - {'lm_head'}))}")
+    return found
+
+
+def _unfrozen(model, settings: Settings):
+    """All weights learn, those of tower and projector where that is asked for."""
+    model.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "visual" in name:
+            parameter.requires_grad_(getattr(settings.train, "projector" if "merger" in name else "tower"))
+    return model
+
+
+def _tower_learns(net) -> bool:
+    return any(p.requires_grad for name, p in net.named_parameters() if "visual" in name)
+
+
+def save_final(policy: Policy, out: Path) -> Path:
+    """Write RUN/adapter or RUN/model, whole or not at all."""
+    target = out / ("adapter" if policy.lora else "model")
+    return replace_folder(target, policy.save)
+
+
+def replace_folder(target: Path, write) -> Path:
+    """Write a folder beside its place and put it there when it is whole."""
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target

@@ -1,0 +1,110 @@
+"""A training run's folder: started, refused where it is another's, and read back as tables.
+
+    RUN/config.yaml       stage, settings, model, versions, benchmark: complete; a folder with others is refused
+    RUN/files.json        SHA-256 of every question and video
+    RUN/metrics.jsonl     one row an update          RUN/rollouts.jsonl   one row a rollout
+    RUN/scores.jsonl      scores while training      RUN/checkpoints, RUN/best, RUN/adapter or RUN/model
+
+    run = open_run("runs/sft")
+    run.metrics.plot("step", "loss")
+"""
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from ..runs import claim, read_json, read_partial_jsonl, read_yaml, to_json, write_json
+from ..runtime import StkitError, versions
+from ..vlm.sight import changed_files
+
+CONFIG = "config.yaml"
+BESIDE = ("command", "why", "platform", "plan")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run. The tables are DataFrames; rollouts is empty after SFT, scores without ``--eval-every``."""
+
+    out: Path
+    config: dict = field(repr=False)
+    metrics: pd.DataFrame = field(repr=False)
+    rollouts: pd.DataFrame = field(repr=False)
+    scores: pd.DataFrame = field(repr=False)
+
+    @property
+    def model(self) -> Path | None:
+        """The folder of the end result: RUN/model, or RUN/adapter with LoRA; None while the run isn't done."""
+        return next((self.out / name for name in ("model", "adapter") if (self.out / name).is_dir()), None)
+
+    def summary(self) -> dict:
+        """What became of it: steps, the first and last loss (and reward), the best score, where the result is."""
+        found: dict = {"out": str(self.out), "stage": self.config.get("stage"), "steps": len(self.metrics)}
+        for name in ("loss", "reward", "kl"):
+            values = self.metrics[name].dropna() if name in self.metrics else ()
+            if len(values):
+                found[name] = {"first": float(values.iloc[0]), "last": float(values.iloc[-1])}
+        if len(self.scores):
+            best = self.scores.loc[self.scores["accuracy"].idxmax()]
+            found["best"] = best.to_dict()
+        return found | {"result": str(self.model) if self.model else None}
+
+    def text(self) -> str:
+        """The summary for a terminal."""
+        told = self.summary()
+        lines = [f"{told['stage']}: {told['steps']} steps are in {self.out}"]
+        lines += [f"  {n} {told[n]['first']:.3f} -> {told[n]['last']:.3f}" for n in ("loss", "reward", "kl") if n in told]
+        if best := told.get("best"):
+            lines.append(
+                f"  best score {best['accuracy']:.1%} at step {best['step']:.0f} ({best['low']:.1%} to {best['high']:.1%}; "
+                f"blind {best['blind']:.1%}, chance {best['chance']:.1%}; {best['n']:.0f} questions, "
+                f"{best['clusters']:.0f} clusters)"
+            )
+        return "\n".join([*lines, f"  the result is in {told['result']}" if told["result"] else "  not finished"])
+
+
+def open_run(out: str | Path) -> Run:
+    """A training run that is on disk, finished or not.
+
+    Raises:
+        StkitError: there is none.
+    """
+    out = Path(out)
+    if not (out / CONFIG).exists():
+        raise StkitError(f"{out}: no {CONFIG} in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
+    config = read_yaml(out / CONFIG)
+    tables = [pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl")) for name in ("metrics", "rollouts", "scores")]
+    return Run(out, config if isinstance(config, dict) else {}, *tables)
+
+
+def start_run(out: Path, stage: str, settings: Mapping, record: Mapping, files: Mapping, beside: Mapping) -> bool:
+    """Claim a run's folder.
+
+    Args:
+        settings: all of them, the benchmark's path and which frames are shown.
+        record: of the model. files: see :func:`stkit.vlm.sight.fingerprint`.
+        beside: written down, not compared.
+
+    Returns:
+        Whether an earlier start is there.
+
+    Raises:
+        StkitError: it is another run's (the difference is named), or files changed since it was started.
+    """
+    recorded = out / "files.json"
+    if recorded.exists() and (names := changed_files(read_json(recorded), files)):
+        raise StkitError(f"{settings['bench']} changed since the run in {out} was started ({names}): choose another --out")
+    model = {k: v for k, v in record.items() if k not in ("why", "versions")}
+    used = {k: v for k, v in versions().items() if k != "platform"}
+    digest = hashlib.sha256(to_json(files).encode()).hexdigest()
+    counts = {part: len(files[part]) for part in files}
+    compared = {"stage": stage, **settings, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
+    told = {"command": shlex.join(sys.argv), "why": record.get("why", {}), "platform": versions()["platform"], "plan": None}
+    found = claim(out, compared, name=CONFIG, beside=told | dict(beside))
+    if not recorded.exists():
+        write_json(recorded, files)
+    return found

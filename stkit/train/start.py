@@ -1,0 +1,159 @@
+"""What SFT and GRPO do before the first update: settings, data, model and folder, everything checked before it costs.
+
+    job = begin("sft", "runs/walks", "tiny", "tiny", out="runs/sft", overrides={"train.steps": 10})
+    job.course, job.watcher, job.policy, job.loop, job.cursor
+"""
+
+import math
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..bench.schema import Benchmark, load_benchmark
+from ..runs import differences, explain, read_yaml
+from ..runtime import BadUse, StkitError
+from ..vlm.load import Loaded
+from ..vlm.sight import fingerprint
+from .data import Course, Item, Seen, Watcher, load_pairs
+from .loop import Loop
+from .policy import Policy, make_policy
+from .processes import Processes
+from .reading import load_settings
+from .run import CONFIG, start_run
+from .scoring import Scorer
+from .settings import Settings
+
+
+@dataclass
+class Job:
+    """A run that is ready for its next update. ``cursor``: the place in the course; ``scorer``: None without scores."""
+
+    out: Path
+    benchmark: Benchmark
+    settings: Settings
+    course: Course
+    watcher: Watcher
+    policy: Policy
+    loop: Loop
+    processes: Processes
+    scorer: Scorer | None
+    cursor: int
+
+    @property
+    def clips(self) -> int:
+        """Clips of an update."""
+        return self.settings.train.batch * self.settings.train.accumulation
+
+    def items(self, cursor: int, count: int) -> list[Item]:
+        """This process's share of the next ``count`` clips."""
+        return list(self.processes.share([self.course[place] for place in range(cursor, cursor + count)]))
+
+    def features(self, seen: Seen):
+        """The video's features where they stay the same while training; None where the tower learns."""
+        from ..vlm.vision import encode_video
+
+        return None if self.policy.tower else encode_video(self.policy.model, seen.inputs)
+
+    def after(self, row: dict) -> None:
+        """Scores where they are due."""
+        every = self.settings.train.eval_every
+        if self.scorer is None or not (self.loop.step % every == 0 or self.loop.step >= self.loop.steps):
+            return
+        from ..runs import append_jsonl
+
+        found = self.scorer.score(self.policy, self.processes)
+        found = {"step": self.loop.step, **found, "best": self.loop.keep_best(found["accuracy"])}
+        if self.processes.first:
+            append_jsonl(self.out / "scores.jsonl", found)
+
+
+def begin(
+    stage: str, bench: str | Path, model: str | Path | Loaded, preset: str | Path, out: str | Path | None,
+    overrides: Mapping[str, object], progress: bool = True, beside: Mapping | None = None, mode: str | None = None,
+) -> Job:  # fmt: skip
+    """Get a run ready: a new one, or the one that is in the folder.
+
+    Args:
+        overrides: by dotted key; None means "as the preset says".
+        beside: facts of the caller's that must be equal on resumption (a reward function's source).
+        mode: how scores are got while training; None for what fits the form.
+    """
+    benchmark, overrides = _benchmark(bench, {k: v for k, v in overrides.items() if v is not None})
+    settings = load_settings(preset, stage, overrides)
+    course = Course(benchmark, settings)
+    out = Path(out if out is not None else tempfile.mkdtemp(prefix=f"stkit-{stage}-"))
+    told = {"settings": settings.to_dict(), "bench": str(Path(bench).resolve())} | dict(beside or {})
+    refuse_settings(out, stage, told)
+    processes = Processes(settings, out, told["settings"])
+    if processes.count > settings.train.batch * settings.train.accumulation:
+        raise BadUse(
+            f"{processes.count} processes share {settings.train.batch * settings.train.accumulation} clips of an update: raise "
+            f"train.batch to {processes.count} or more"
+        )
+    policy = make_policy(model, settings, reference=stage == "grpo" and settings.grpo.beta > 0, device=processes.device)
+    watcher = Watcher(benchmark, settings.video, policy.loaded.processor)
+    scorer = None
+    if settings.train.eval_every:
+        mode = mode or ("letter" if stage == "sft" and settings.sft.form == "answer" else "generate")
+        scorer = Scorer(benchmark, settings, watcher, mode)
+    loop = _loop(out, stage, settings, course, policy, processes, progress)
+    record = policy.loaded.record
+    told |= {"shown": watcher.chosen, "processes": processes.count}
+    files = fingerprint(benchmark, [*course.questions, *(scorer.questions if scorer else ())])
+    why = record.get("why", {}) | {"precision": f"{loop.precision}: {loop.why}"}
+    try:
+        if processes.first:
+            start_run(out, stage, told, record, files, {"why": why, "threads": torch.get_num_threads()})
+            _say(policy, loop)
+        processes.wait()
+        cursor = loop.resume()
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    return Job(out, benchmark, settings, course, watcher, policy, loop, processes, scorer, cursor)
+
+
+def _benchmark(bench: str | Path, overrides: dict) -> tuple[Benchmark, dict]:
+    """The benchmark, or a user's file of prompts and completions, which are taken as they stand."""
+    path = Path(bench)
+    pairs = load_pairs(path) if path.is_file() and path.suffix == ".jsonl" else None
+    if pairs is None:
+        return load_benchmark(bench), overrides
+    return pairs, {"data.prompt": "plain", "sft.form": "solution"} | overrides
+
+
+def refuse_settings(out: Path, stage: str, told: Mapping) -> None:
+    """Refuse another run's folder before a model is loaded."""
+    if not (out / CONFIG).exists():
+        return
+    before = read_yaml(out / CONFIG)
+    if not isinstance(before, dict):
+        return
+    from ..runs import clean
+
+    now = clean({"stage": stage, **told})
+    if other := differences({k: before.get(k) for k in now}, now):
+        named = "; ".join(other[:6]) + (f"; and {len(other) - 6} more" if len(other) > 6 else "")
+        raise StkitError(f"{out} was made with other settings ({named}): choose another --out or delete it")
+
+
+def _loop(out, stage, settings: Settings, course: Course, policy, processes, progress) -> Loop:
+    train = settings.train
+    steps = train.steps or math.ceil(train.epochs * len(course) / (train.batch * train.accumulation))
+    if train.steps is None and stage == "grpo":
+        steps *= settings.grpo.updates
+    return Loop(out, policy, settings, steps, processes, progress)
+
+
+def _say(policy: Policy, loop: Loop) -> None:
+    """What is trained, and by which path, once."""
+    count, record = sum(p.numel() for p in loop.parameters), policy.loaded.record
+    what = "LoRA" if policy.lora else "all weights"
+    print(
+        f"training {count / 1e6:.2f} M parameters ({what}) for {loop.steps} steps; precision {loop.precision} ({loop.why}); "
+        f"{record['tree_attention']} attention on trees; {loop.settings.train.optimizer}",
+        file=sys.stderr,
+    )

@@ -20,13 +20,16 @@ _HOME = {
     "clips_needed": "stkit.stats",
     "doctor": "stkit.vlm.doctor",
     "evaluate": "stkit.evaluation",
+    "grpo": "stkit.train.grpo",
     "import_egost": "stkit.bench.egost",
     "load_benchmark": "stkit.bench.schema",
     "load_model": "stkit.vlm.load",
     "load_questions": "stkit.bench.schema",
+    "open_run": "stkit.train.run",
     "read_video": "stkit.vlm.video",
     "report": "stkit.reporting.html",
     "setup": "stkit.runtime",
+    "sft": "stkit.train.sft",
 }
 __all__ = sorted(_HOME)
 

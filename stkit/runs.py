@@ -177,8 +177,9 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
 
 
 def refuse_other(
-    folder: str | Path, settings: Mapping, name: str = "config.json", part: str = "", beside: Iterable[str] = ()
-) -> bool:
+    folder: str | Path, settings: Mapping, name: str = "config.json", part: str = "", beside: Iterable[str] = (),
+    given_only: bool = False,
+) -> bool:  # fmt: skip
     """Refuse a folder of results that were made with other settings, before anything is written or computed.
 
     Args:
@@ -186,6 +187,7 @@ def refuse_other(
         name: the file in the folder that holds them, JSON or YAML by its ending.
         part: the key under which that file holds ``settings``, of which only those given are compared; "" for all.
         beside: keys of that file that are not compared.
+        given_only: compare the keys of ``settings`` only, as long as the others are not known yet.
 
     Returns:
         True when earlier work with the same settings is there, False for a fresh folder.
@@ -204,6 +206,7 @@ def refuse_other(
     before = {k: v for k, v in before.items() if k not in beside} if isinstance(before, dict) else {}
     if part:
         before = before.get(part) if isinstance(before.get(part), dict) else {}
+    if part or given_only:
         before = {k: v for k, v in before.items() if k in settings}
     if other := differences(before, settings, f"{part}." if part else ""):
         named = [line if len(line) < 120 else line[:117] + "..." for line in other[:6]]

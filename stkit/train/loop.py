@@ -91,10 +91,6 @@ class Loop:
         self.precision, self.why = pick_precision(train.precision, self.device.type)
         self.parameters = policy.trainable
         self.optimizer = make_optimizer(self.parameters, settings)
-        warm = math.ceil(train.warmup * steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: rate_factor(train.schedule, min(step, steps - 1), steps, warm)
-        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step, self.saved, self.max_tokens, self.halved = 0, 0, train.max_tokens, False
         self.state: dict = {"best": None}
@@ -116,7 +112,6 @@ class Loop:
             self.policy.restore(found / "weights")
             kept = checkpoint.load_tensors(found / "optimizer.pt")
             self.optimizer.load_state_dict(kept["optimizer"])
-            self.schedule.load_state_dict(kept["schedule"])
             self.scaler.load_state_dict(kept["scaler"])
             checkpoint.restore_generators(checkpoint.load_tensors(found / "generators.pt"))
             self.step = self.saved = state["step"]
@@ -194,9 +189,17 @@ class Loop:
         told = self.processes.summed(told)
         if check is not None:
             check(told)
-        told["lr"] = self.schedule.get_last_lr()[0]
+        told["lr"] = self.set_rate()
         told["grad_norm"] = self._advance() if told["pieces"] else 0.0
         return told
+
+    def set_rate(self) -> float:
+        """The learning rate of the next update, a function of its number alone."""
+        train = self.settings.train
+        factor = rate_factor(train.schedule, self.step, self.steps, math.ceil(train.warmup * self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * factor
+        return train.lr * factor
 
     def _advance(self) -> float:
         """The optimiser's step, from the gradients of all processes; returns their norm before it was clipped."""
@@ -213,7 +216,6 @@ class Loop:
     def log(self, row: Mapping) -> dict:
         """Write one row of metrics.jsonl; the update it tells of is done then."""
         self.step += 1
-        self.schedule.step()
         row = {"step": self.step, **row, "seconds": round(time.monotonic() - self.begin, 3)}
         self.begin = time.monotonic()
         if self.resumed is not None:
@@ -231,8 +233,8 @@ class Loop:
     def save(self, cursor: int) -> None:
         """A checkpoint of this moment."""
         if self.processes.first:
-            kept = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-            tensors = {"optimizer": kept | {"scaler": self.scaler.state_dict()}, "generators": checkpoint.generators()}
+            kept = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            tensors = {"optimizer": kept, "generators": checkpoint.generators()}
             state = {"cursor": cursor, "max_tokens": self.max_tokens, "halved": self.halved, "state": self.state}
             folder, keep = self.out / "checkpoints", self.settings.train.keep
             checkpoint.save(folder, self.step, self.policy.save, tensors, state, keep)

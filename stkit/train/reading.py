@@ -94,7 +94,8 @@ def parse_overrides(texts: typing.Iterable[str]) -> dict[str, object]:
 
 
 def _nested(key: str, value) -> dict:
-    for name in reversed(key.split(".")):
+    names = key.split(".", 1 if key.startswith("rewards.") else -1)  # a reward may be named "my_rewards.py:brief"
+    for name in reversed(names):
         value = {name: value}
     return value
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from ..bench.schema import Benchmark, load_benchmark
-from ..runs import differences, explain, read_yaml
+from ..runs import append_jsonl, explain, refuse_other
 from ..runtime import BadUse, StkitError
 from ..vlm.load import Loaded
 from ..vlm.sight import fingerprint
+from ..vlm.vision import encode_video
 from .data import Course, Item, Seen, Watcher, load_pairs
 from .loop import Loop
 from .policy import Policy, make_policy
@@ -54,8 +55,6 @@ class Job:
 
     def features(self, seen: Seen):
         """The video's features where they stay the same while training; None where the tower learns."""
-        from ..vlm.vision import encode_video
-
         return None if self.policy.tower else encode_video(self.policy.model, seen.inputs)
 
     def after(self, row: dict) -> None:
@@ -63,8 +62,6 @@ class Job:
         every = self.settings.train.eval_every
         if self.scorer is None or not (self.loop.step % every == 0 or self.loop.step >= self.loop.steps):
             return
-        from ..runs import append_jsonl
-
         found = self.scorer.score(self.policy, self.processes)
         found = {"step": self.loop.step, **found, "best": self.loop.keep_best(found["accuracy"])}
         if self.processes.first:
@@ -78,16 +75,16 @@ def begin(
     """Get a run ready: a new one, or the one that is in the folder.
 
     Args:
-        overrides: by dotted key; None means "as the preset says".
+        overrides: by dotted key.
         beside: facts of the caller's that must be equal on resumption (a reward function's source).
         mode: how scores are got while training; None for what fits the form.
     """
-    benchmark, overrides = _benchmark(bench, {k: v for k, v in overrides.items() if v is not None})
+    benchmark, overrides = _benchmark(bench, dict(overrides))
     settings = load_settings(preset, stage, overrides)
     course = Course(benchmark, settings)
     out = Path(out if out is not None else tempfile.mkdtemp(prefix=f"stkit-{stage}-"))
     told = {"settings": settings.to_dict(), "bench": str(Path(bench).resolve())} | dict(beside or {})
-    refuse_settings(out, stage, told)
+    refuse_other(out, {"stage": stage, **told}, name=CONFIG, given_only=True)  # before a model is loaded
     processes = Processes(settings, out, told["settings"])
     if processes.count > settings.train.batch * settings.train.accumulation:
         raise BadUse(
@@ -123,21 +120,6 @@ def _benchmark(bench: str | Path, overrides: dict) -> tuple[Benchmark, dict]:
     if pairs is None:
         return load_benchmark(bench), overrides
     return pairs, {"data.prompt": "plain", "sft.form": "solution"} | overrides
-
-
-def refuse_settings(out: Path, stage: str, told: Mapping) -> None:
-    """Refuse another run's folder before a model is loaded."""
-    if not (out / CONFIG).exists():
-        return
-    before = read_yaml(out / CONFIG)
-    if not isinstance(before, dict):
-        return
-    from ..runs import clean
-
-    now = clean({"stage": stage, **told})
-    if other := differences({k: before.get(k) for k in now}, now):
-        named = "; ".join(other[:6]) + (f"; and {len(other) - 6} more" if len(other) > 6 else "")
-        raise StkitError(f"{out} was made with other settings ({named}): choose another --out or delete it")
 
 
 def _loop(out, stage, settings: Settings, course: Course, policy, processes, progress) -> Loop:

@@ -1,0 +1,157 @@
+"""The time line of a clip: for every two sampled frames, which a model sees as one patch of time, what is done and what
+is in view.
+
+It is what a model can be taught to write down before it answers: each word is tied to its frames, and the route
+follows from it::
+
+    moments = timeline(load_truth(bench, "walk-0-00000"), range(0, 119, 4))
+    render(moments)    # "Timeline: stand marble right, straight marble right, straight, open, left, left ash left."
+    parse(render(moments)) == moments
+
+An item is a motion, then the landmark in view and its side, if one is. That word of the two frames is told which is
+new; so an event that two frames in a row show is always told.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from ..runs import read_json
+from ..runtime import BadUse, StkitError
+from .plans import MIRROR
+from .routes import ACTIONS, LANDMARKS
+from .schema import Benchmark, video_problem
+
+HEADING = "Timeline:"
+SHORT = {"look up": "up", "look down": "down", "step back": "back", "pick up": "pick", "open a door": "open"}
+MOTIONS = ("stand", "straight", *MIRROR, *ACTIONS)
+WORDS = {motion: SHORT.get(motion, motion) for motion in MOTIONS}  # of one token each in the tiny model
+MEANT = {word: motion for motion, word in WORDS.items()}
+STATED = re.compile(r"\btime\s?line\s*:([^.<\n]*)", re.IGNORECASE)
+ITEM = re.compile(
+    rf"({'|'.join([*MEANT, *SHORT])})(?: (?:({'|'.join(LANDMARKS)}) ({'|'.join(MIRROR)})|none))?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one patch of time shows.
+
+    ``motion`` is an event of the clip's truth: "stand", "straight", "left", "right" or an action's kind. ``landmark``
+    is the kind in view ("" for none), ``side`` the hand on which it is.
+    """
+
+    motion: str
+    landmark: str = ""
+    side: str = ""
+
+
+def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
+    """What each patch of time of a clip shows.
+
+    Args:
+        truth: as :func:`load_truth` reads it.
+        frame_indices: numbers of the sampled frames among the video's, ``(F,)``, in order; with an odd count the last
+            frame stands twice, as processors pad it.
+
+    Returns:
+        ``ceil(F / 2)`` moments.
+
+    Raises:
+        BadUse: no frames, or one that the clip has not.
+        StkitError: the truth lacks something or says what no walk has.
+    """
+    frames = [int(index) for index in frame_indices]
+    try:
+        ticks, columns = truth["frame_ticks"], truth["ticks"]
+        if not frames or not all(0 <= index < len(ticks) for index in frames):
+            raise BadUse(f"frames {frames!r:.80}: give at least one, numbered from 0 to {len(ticks) - 1}")
+        sides = {"": ""} | {mark["kind"]: mark["side"] for mark in truth["plan"]["landmarks"]}
+        at = [ticks[index] for index in frames]
+        motions = [(columns["step"][tick], WORDS[columns["event"][tick]]) for tick in at]
+        marks = [(kind, sides[kind]) for kind in (columns["landmark"][tick] for tick in at)]
+        told = [(MEANT[word], *mark) for (_, word), mark in zip(_newest(motions), _newest(marks), strict=True)]
+        if unknown := [m for _, *m in told if m != ["", ""] and not (m[0] in LANDMARKS and m[1] in MIRROR)]:
+            raise KeyError(*unknown[0])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StkitError(f"the truth of a clip is malformed ({error!r:.80}): build the benchmark anew") from error
+    return tuple(Moment(*moment) for moment in told)
+
+
+def _newest(shown: Sequence) -> list:
+    """Of each two frames' values the first, or the second where the first has been told just before."""
+    told = []
+    for first, second in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
+        told.append(second if told and first == told[-1] else first)
+    return told
+
+
+def render(moments: Iterable[Moment]) -> str:
+    """A time line in words: an item for every moment, equal ones too.
+
+    Raises:
+        StkitError: a motion that there is no word for.
+    """
+    items = []
+    for moment in moments:
+        if moment.motion not in WORDS:
+            raise StkitError(f"motion {moment.motion!r} has no word: use {', '.join(WORDS)}")
+        items.append(" ".join(filter(None, (WORDS[moment.motion], moment.landmark, moment.side))))
+    return f"{HEADING} {', '.join(items)}."
+
+
+def parse(text: str) -> tuple[Moment, ...] | None:
+    """The time line that stands in a text, whatever else does.
+
+    It begins at "Timeline:" and ends with the sentence, the line or the text. None: there is none, more than one, or
+    one that holds something else than :func:`render` writes (case and spaces don't count, "none" may stand for no
+    landmark).
+    """
+    stated = STATED.findall(text)
+    if len(stated) != 1:
+        return None
+    found = [ITEM.fullmatch(" ".join(item.split())) for item in stated[0].split(",")]
+    if not all(found):
+        return None
+    return tuple(_moment(*(part or "" for part in item.groups())) for item in found)
+
+
+def _moment(motion: str, landmark: str, side: str) -> Moment:
+    return Moment(MEANT.get(motion.lower(), motion.lower()), landmark.lower(), side.lower())
+
+
+def overlap(a: Sequence[Moment], b: Sequence[Moment]) -> float:
+    """How far two time lines agree, 0 to 1: the share of motions and of landmarks (with their side) that are equal.
+
+    Moments are compared in their places; those that only the longer one has count as wrong, so that saying more does
+    not pay. NaN: both are empty.
+    """
+    if not a and not b:
+        return math.nan
+    agree = sum((x.motion == y.motion) + ((x.landmark, x.side) == (y.landmark, y.side)) for x, y in zip(a, b))
+    return agree / (2 * max(len(a), len(b)))
+
+
+def load_truth(benchmark: Benchmark, clip_id: str) -> dict | None:
+    """The truth of a clip, as its benchmark has it; None where it has none (imported rows).
+
+    Raises:
+        StkitError: the file leaves the benchmark's folder, is not there or holds no truth of this clip.
+    """
+    clip = next((clip for clip in benchmark.clips if clip.id == clip_id), None)
+    if clip is None or not clip.truth:
+        return None
+    root = Path(os.path.realpath(benchmark.path))
+    if video_problem(clip.truth) or not Path(os.path.realpath(root / clip.truth)).is_relative_to(root):
+        raise StkitError(f"clip {clip_id}: truth={clip.truth!r} leaves {benchmark.path}: put the file into that folder")
+    path = benchmark.path / clip.truth
+    truth = read_json(path)
+    if not isinstance(truth, dict) or truth.get("clip_id") != clip_id:
+        raise StkitError(f"{path}: the truth of clip {clip_id!r} was expected: build the benchmark anew")
+    if missing := [name for name in ("frame_ticks", "ticks", "plan") if name not in truth]:
+        raise StkitError(f"{path}: {missing[0]!r} is missing: build the benchmark anew")
+    return truth

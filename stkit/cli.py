@@ -8,7 +8,6 @@ Exit code 0: done; 1: it failed, one line on stderr says why; 2: the call makes 
 Tracebacks only with --debug.
 """
 
-import contextlib
 import sys
 import traceback
 import warnings
@@ -20,6 +19,8 @@ import typer
 
 from . import __version__
 from .bench.schema import BadRows
+from .cli_options import AsJson, Out, Seed, SkipBad, stdout_for_json_only
+from .cli_train import commands
 from .runs import explain, to_json
 from .runtime import BadUse, StkitError, StkitWarning
 
@@ -58,12 +59,6 @@ class Split(StrEnum):
     test = "test"
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write into; a started job goes on in it.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without malformed rows, and count them.")]
-Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
-
-
 def _version(show: bool):
     if show:
         print(f"stkit {__version__}")
@@ -76,13 +71,6 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails (any place).")] = False,
 ):
     pass
-
-
-@contextlib.contextmanager
-def _stdout_for_json_only(as_json: bool):
-    """With --json everything that is said on the way goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
 
 
 def _pair(text: str | None, name: str, separator: str = "-") -> tuple[int, int] | None:
@@ -120,7 +108,7 @@ def build(
     knobs = {name: _pair(text, name) for name, text in ranges.items()} | {"resolution": _pair(resolution, "resolution", "x")}
     knobs["textures"] = None if textures is None else tuple(t.strip() for t in textures.split(","))
     knobs = {name: value for name, value in knobs.items() if value is not None}
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = build_benchmark(
             out, clips=clips, seed=seed, preset=preset, split=split and split.value, ood=ood, workers=workers, yes=yes, **knobs
         )
@@ -143,7 +131,7 @@ def import_(
     """Read a released Ego-ST file into a benchmark folder; every row ends as a question or as a rejection."""
     from . import import_egost
 
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = import_egost(file, out, videos)
     if as_json:
         print(to_json(result))
@@ -165,7 +153,7 @@ def audit(
     """Try to answer the questions without the video; a benchmark whose text gives the answers away is told apart here."""
     from . import audit as run
 
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = run(path, seed=seed, skip_bad=skip_bad)
     print(to_json(result.to_json()) if as_json else result.text())
 
@@ -174,7 +162,7 @@ def audit(
 def eval_(
     bench: Annotated[Path, typer.Argument(help="A benchmark folder or a question file.")],
     out: Out,
-    model: Annotated[str, typer.Option("--model", help="tiny, a local folder or a hub name.")] = "tiny",
+    model: Annotated[str, typer.Option("--model", help="tiny, a local folder, a hub name, or the endpoint's name for it.")] = "tiny",
     mode: Annotated[Mode, typer.Option("--mode", help="Compare the letters' log-probabilities, or decode greedily.")] = Mode.letter,
     control: Annotated[Control, typer.Option("--control", help="What is done to the frames or options.")] = Control.none,
     split: Annotated[Split | None, typer.Option("--split", help="Only this split (all rows without it).")] = None,
@@ -196,19 +184,26 @@ def eval_(
     adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA adapter.")] = None,
     skip_bad: SkipBad = False,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep decoded frames in ~/.cache/stkit or $STKIT_CACHE.")] = True,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="Ask an OpenAI-compatible server, e.g. http://localhost:8000/v1; key in $STKIT_API_KEY or $OPENAI_API_KEY.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", help="Requests to the endpoint at a time.")] = 4,
+    timeout_s: Annotated[float, typer.Option("--endpoint-timeout", help="Seconds that one request may take.")] = 120.0,
+    retries: Annotated[int, typer.Option("--retries", help="How often a request is sent again.")] = 5,
     as_json: AsJson = False,
 ):
     """Ask a model every question and score it by category, its blind score beside it."""
     from . import evaluate
+    from .vlm.processes import speaks
 
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = evaluate(
             bench, model=model, out=out, mode=mode.value, control=control.value, split=split and split.value, limit=limit,
             seed=seed, blind=blind, batch_size=batch_size, max_tokens=max_tokens, sampling=sampling, frames=frames, fps=fps, max_pixels=max_pixels,
             max_new_tokens=max_new_tokens, prompt=prompt, four_bit=four_bit, device=device, dtype=dtype,
-            attention=attention, adapter=adapter, skip_bad=skip_bad, cache=cache,
+            attention=attention, adapter=adapter, skip_bad=skip_bad, cache=cache, endpoint=endpoint, concurrency=concurrency,
+            timeout_s=timeout_s, retries=retries,
         )  # fmt: skip
-    print(to_json(result.scores) if as_json else result.text())
+    if speaks():  # of several processes one
+        print(to_json(result.scores) if as_json else result.text())
 
 
 @app.command(epilog="Example: stkit report runs/first runs/second --out runs/both.html")
@@ -220,7 +215,7 @@ def report(
     """Write the category-wise report of one run, or of two side by side."""
     from . import report as run
 
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = run(runs, out=out)
     print(to_json(result) if as_json else f"the report is {Path(result['report']).resolve()}")
 
@@ -230,9 +225,12 @@ def doctor(as_json: AsJson = False):
     """Say what this machine is, which backends work here, what would be chosen, and what to install for better ones."""
     from . import doctor as run
 
-    with _stdout_for_json_only(as_json):
+    with stdout_for_json_only(as_json):
         result = run()
     print(to_json(result) if as_json else result["text"])
+
+
+app.add_typer(commands)
 
 
 def _say(message: str, kind: str = "error"):

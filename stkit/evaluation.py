@@ -9,31 +9,33 @@ run that was killed goes on where it was when it is called again; other settings
 refused.
 """
 
+import contextlib
 import hashlib
-import shlex
-import sys
+import io
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm import tqdm
 
 from .bench.schema import SPLITS, Benchmark, Prediction, Question, load_benchmark, row_of
 from .reporting.scores import CONTROLS as CONTROL_NOTICES
 from .reporting.scores import score
 from .reporting.tables import text_table
-from .runs import append_jsonl, claim, explain, read_json, read_partial_jsonl, refuse_other, to_json, write_json
-from .runtime import BadUse, StkitError, versions
+from .runs import explain, read_json, refuse_other, to_json, write_json
+from .runtime import BadUse, StkitError
 from .sampling import sample_indices
 from .vlm.ask import MAX_TOKENS
 from .vlm.cache import FrameCache, content_hash
 from .vlm.controls import CONTROLS
-from .vlm.interview import BLIND, Interview, Settings, Shown
+from .vlm.endpoint import Endpoint
+from .vlm.inquiry import Inquiry
+from .vlm.interview import Interview, Settings
 from .vlm.load import Loaded, load_model
+from .vlm.processes import Team, join_team, own_device
 from .vlm.prompts import STYLES
+from .vlm.remote import IMAGES, LEAST_PIXELS, PATIENCE, RemoteInterview
 from .vlm.video import PUBLISHED_MAX_PIXELS, READERS
 
 MODES = ("letter", "generate")
@@ -79,13 +81,21 @@ def evaluate(
     skip_bad: bool = False,
     cache: bool = True,
     progress: bool = True,
+    endpoint: str | None = None,
+    concurrency: int = 4,
+    timeout_s: float = 120.0,
+    retries: int = 5,
 ) -> Result:
     """Ask a model every question of a benchmark and score it by category.
+
+    Under ``accelerate launch`` or ``torchrun`` every process calls it, asks its share of the clips and returns the
+    result of all.
 
     Args:
         bench: a benchmark folder or a question file.
         model: a name or folder for :func:`stkit.load_model` (which takes four_bit, device, dtype, attention, adapter),
-            or what it returned.
+            or what it returned; with an endpoint the server's name for it. Of several processes each takes a GPU of its
+            own with device "auto".
         out: the run's folder; None for a temporary one.
         mode: "letter" compares the log-probabilities of the options' letters (routes are not asked), "generate"
             decodes greedily with think and answer.
@@ -93,7 +103,7 @@ def evaluate(
             under every rotation of the options).
         split, limit: only that split, only the first questions.
         seed: of the "shuffled" control.
-        blind: ask everything without frames too (letter mode), so that no accuracy stands alone.
+        blind: ask everything without frames too, so that no accuracy stands alone (by letter; an endpoint in its mode).
         batch_size: questions of a clip that are asked and saved together; None for all. Results don't depend on it.
         max_tokens: of a tree (a video with the questions on it) that is computed at once, which bounds the memory;
             results don't depend on it.
@@ -106,19 +116,23 @@ def evaluate(
         skip_bad: go on without malformed rows.
         cache: keep decoded and resized frames in $STKIT_CACHE or ~/.cache/stkit/frames (4 GiB, the oldest leave).
         progress: bar and estimate on stderr.
+        endpoint: an OpenAI-compatible server's URL such as "http://localhost:8000/v1", which is asked in place of a
+            model that is loaded here; a key comes from $STKIT_API_KEY or $OPENAI_API_KEY. Questions that got no answer
+            are asked again by a re-run.
+        concurrency, timeout_s, retries: requests at a time, seconds for one, and how often one is sent again.
 
     Returns:
-        :class:`Result`.
+        :class:`Result`; ``scores["endpoint"]`` has the requests, failures and tokens of an endpoint.
 
     Raises:
         BadUse: a value that makes no sense.
         StkitError: no such benchmark or model, malformed rows, a folder of another run, files that changed since the
-            run started, a prompt longer than the model's context, a full disk.
+            run started, a prompt longer than the model's context, a full disk, a server that answers nothing, another
+            process that stopped.
     """
     _check({"mode": mode, "control": control, "split": split, "prompt": prompt, "reader": reader},
            {"seed": seed, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-            "max_tokens": max_tokens,
-            "max_pixels": max_pixels})  # fmt: skip
+            "max_tokens": max_tokens, "max_pixels": max_pixels, "concurrency": concurrency})  # fmt: skip
     benchmark = load_benchmark(bench, skip_bad)
     questions = benchmark.select(split, limit)
     if not questions:
@@ -129,22 +143,31 @@ def evaluate(
     chosen = {"bench": str(Path(bench).resolve()), "split": split, "limit": limit, "blind": blind, "skip_bad": skip_bad}
     chosen |= {"mode": mode, "control": control, "seed": seed, "reader": reader, "prompt": prompt, **sampled}
     chosen |= {"max_new_tokens": max_new_tokens}
+    served = _served(endpoint, model, asked, timeout_s, retries)
+    chosen |= {"model": served.model, "endpoint": served.url, "images": IMAGES} if served else {}
+    sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
+    sizes |= {"concurrency": concurrency, "timeout_s": timeout_s, "retries": retries} if served else {}
+    team = join_team()
+    if out is None and team.count > 1:
+        raise BadUse("out=None is another folder in every process: name one that all of them see")
     out = Path(out if out is not None else tempfile.mkdtemp(prefix="stkit-run-"))
     try:
-        refuse_other(out, chosen, part="settings")  # before a model is loaded
-        loaded = _loaded(model, asked)
-        chosen |= {"model": loaded.record["name"], **_pixels(loaded, max_pixels)}
+        team.first(lambda: refuse_other(out, chosen, part="settings"))  # before a model is loaded
+        loaded = None if served else team.each(lambda: _loaded(model, asked, team))
+        chosen |= _pixels(loaded, max_pixels) | ({"model": loaded.record["name"]} if loaded else {})
         settings = Settings(**{k: chosen[k] for k in Settings.__dataclass_fields__})
+        frames_cache, patience = FrameCache() if cache else None, min(PATIENCE, len(questions))
+        interview = Interview(loaded, settings, max_tokens, frames_cache) if loaded else RemoteInterview(
+            served, settings, frames_cache, patience)  # fmt: skip
         files = _fingerprint(benchmark, questions, with_videos=control != "blind")
-        _start(out, chosen, loaded.record, files, {"batch_size": batch_size, "max_tokens": max_tokens})
-        interview = Interview(loaded, settings, max_tokens, FrameCache() if cache else None)
-        run = _Run(out, benchmark, interview, files["videos"], blind, batch_size)
-        run.ask(questions, progress)
-        scores = _scores(run, questions, loaded.record, settings.control, benchmark)
-        write_json(out / "scores.json", scores)
+        inquiry = Inquiry(out, benchmark, questions, interview, files["videos"], blind, batch_size, concurrency, team)
+        team.first(lambda: inquiry.start(chosen, files, sizes))
+        team.each(lambda: inquiry.ask(progress and team.rank == 0))
+        scores = team.first(lambda: _finish(inquiry)) or read_json(out / "scores.json")
+        said = inquiry.read()
     except OSError as error:
         raise StkitError(explain(error)) from error
-    return Result(scores, _frame(run.said, questions), out)
+    return Result(scores, _frame(said, questions), out)
 
 
 def _check(names: dict, numbers: dict) -> None:
@@ -177,21 +200,39 @@ def _sampling(benchmark: Benchmark, sampling: str | None, frames: int | None, fp
     return {"sampling": chosen, "frames": frames, "fps": fps}
 
 
-def _loaded(model: str | Path | Loaded, asked: dict) -> Loaded:
-    """The model, loaded if it isn't yet."""
-    if isinstance(model, (str, Path)):
-        return load_model(model, **asked)
+def _served(endpoint: str | None, model, asked: dict, timeout_s: float, retries: int) -> Endpoint | None:
+    """The endpoint, if one is asked for: what is chosen for a model that is loaded here has no meaning with it."""
+    if endpoint is None:
+        return None
+    if not isinstance(model, (str, Path)):
+        raise BadUse("a loaded model and an endpoint are both given: model is the server's name for the model")
     if given := [name for name, value in asked.items() if value not in (None, "auto")]:
-        raise BadUse(f"{given[0]}={asked[given[0]]!r} comes too late for a loaded model: give it to load_model")
-    return Loaded(*model)
+        raise BadUse(f"{given[0]}={asked[given[0]]!r} has no meaning with an endpoint: the server decides it")
+    return Endpoint(endpoint, str(model), timeout_s, retries)
 
 
-def _pixels(loaded: Loaded, max_pixels: int | None) -> dict:
+def _loaded(model: str | Path | Loaded, asked: dict, team: Team) -> Loaded:
+    """The model, loaded if it isn't yet; one process of several tells about it."""
+    if not isinstance(model, (str, Path)):
+        if given := [name for name, value in asked.items() if value not in (None, "auto")]:
+            raise BadUse(f"{given[0]}={asked[given[0]]!r} comes too late for a loaded model: give it to load_model")
+        return Loaded(*model)
+    device = own_device(asked["device"], team)
+    with contextlib.nullcontext() if team.rank == 0 else contextlib.redirect_stderr(io.StringIO()):
+        loaded = load_model(model, **asked | {"device": device})
+    if device == asked["device"]:
+        return loaded
+    return loaded._replace(record=loaded.record | {"device": device.split(":")[0]})  # as one process would record it
+
+
+def _pixels(loaded: Loaded | None, max_pixels: int | None) -> dict:
     """Bounds on a frame's pixels: the published ones, or the processor's own where it takes less."""
-    size = loaded.processor.video_processor.size
-    if max_pixels is None:
-        max_pixels = min(PUBLISHED_MAX_PIXELS, size["longest_edge"])
-    return {"min_pixels": min(size["shortest_edge"], max_pixels), "max_pixels": max_pixels}
+    least, most = LEAST_PIXELS, PUBLISHED_MAX_PIXELS
+    if loaded is not None:
+        size = loaded.processor.video_processor.size
+        least, most = size["shortest_edge"], min(most, size["longest_edge"])
+    max_pixels = most if max_pixels is None else max_pixels
+    return {"min_pixels": min(least, max_pixels), "max_pixels": max_pixels}
 
 
 def _fingerprint(benchmark: Benchmark, questions: Sequence[Question], with_videos: bool) -> dict:
@@ -206,128 +247,21 @@ def _fingerprint(benchmark: Benchmark, questions: Sequence[Question], with_video
     return {"questions": rows, "videos": videos}
 
 
-def _start(out: Path, settings: dict, record: dict, files: dict, sizes: dict) -> None:
-    """Claim the run's folder; refuse files that changed since it was started, by name."""
-    recorded = out / "files.json"
-    if recorded.exists():
-        before = read_json(recorded)
-        changed = [k for part in files for k, v in files[part].items() if before.get(part, {}).get(k, v) != v]
-        if changed:
-            names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-            raise StkitError(
-                f"{settings['bench']} changed since the run in {out} was started ({names}): choose another --out"
-            )
-    model = {k: v for k, v in record.items() if k not in ("why", "versions")}
-    used = {k: v for k, v in versions().items() if k != "platform"}
-    digest = hashlib.sha256(to_json(files).encode()).hexdigest()
-    counts = {part: len(files[part]) for part in files}
-    compared = {"settings": settings, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
-    beside = {"command": shlex.join(sys.argv), **sizes, "why": record.get("why", {})}
-    beside["platform"] = versions()["platform"]
-    claim(out, compared, beside=beside)
-    if not recorded.exists():
-        write_json(recorded, files)
-
-
-class _Run:
-    """A run under way: what is on disk already, and what is still to be asked."""
-
-    def __init__(
-        self, out: Path, benchmark: Benchmark, interview: Interview, videos: dict[str, str], blind: bool, size: int | None
-    ):
-        self.benchmark, self.interview, self.videos, self.size = benchmark, interview, videos, size
-        self.without = interview.blindfolded() if blind else None
-        self.paths = {"said": out / "predictions.jsonl", "blind": out / "blind.jsonl"}
-        self.said, self.unseen = _read(self.paths["said"]), _read(self.paths["blind"]) if blind else {}
-        self.paths["said"].touch()
-
-    def ask(self, questions: Sequence[Question], progress: bool) -> None:
-        """Ask what has no answer yet, clip by clip."""
-        clips: dict[str, list[Question]] = {}
-        for question in questions:
-            if self._open(question):
-                clips.setdefault(question.video, []).append(question)
-        left, done, begin = sum(map(len, clips.values())), 0, time.monotonic()
-        with tqdm(total=left, unit="question", disable=not (progress and left), file=sys.stderr) as bar:
-            for video, group in clips.items():
-                self._ask_clip(video, group)
-                done += len(group)
-                if progress and done == len(group):
-                    each = (time.monotonic() - begin) / done
-                    bar.write(f"about {_duration(each * (left - done))} for {left - done} more questions ({each:.2f} s "
-                              "each, measured on the first clip)", file=sys.stderr)  # fmt: skip
-                bar.update(len(group))
-
-    def _open(self, question: Question) -> bool:
-        """Something about it is still to be asked."""
-        seen = not self.interview.asks(question) or question.id in self.said
-        return not seen or self._open_blind(question)
-
-    def _open_blind(self, question: Question) -> bool:
-        return self.without is not None and self.without.asks(question) and question.id not in self.unseen
-
-    def _ask_clip(self, video: str, questions: Sequence[Question]) -> None:
-        asked = [q for q in questions if self.interview.asks(q) and q.id not in self.said]
-        shown = self._show(video, asked[0].clip_id) if asked else BLIND
-        if isinstance(shown, str):
-            for question in asked:
-                self._keep("said", self.said, [self.interview.failed(question, shown)])
-        else:
-            for batch in self._batches(asked):
-                self._keep("said", self.said, self.interview.ask(batch, shown))
-        for batch in self._batches([q for q in questions if self._open_blind(q)]):
-            self._keep("blind", self.unseen, self.without.ask(batch, BLIND))
-
-    def _batches(self, questions: Sequence[Question]) -> list[Sequence[Question]]:
-        size = self.size or max(1, len(questions))
-        return [questions[start : start + size] for start in range(0, len(questions), size)]
-
-    def _show(self, video: str, clip_id: str) -> Shown | str:
-        """The video as the model sees it, or why it can't be shown."""
-        if self.interview.settings.control == "blind":
-            return BLIND
-        try:
-            path = self.benchmark.video_path(video)
-            shown = self.interview.watch(path, clip_id)
-        except BadUse:
-            raise
-        except StkitError as error:
-            return str(error)
-        if content_hash(path) != self.videos[video]:
-            raise StkitError(f"{path} changed since the run was started: choose another --out")
-        return shown
-
-    def _keep(self, name: str, kept: dict[str, Prediction], predictions: Sequence[Prediction]) -> None:
-        for prediction in predictions:
-            append_jsonl(self.paths[name], row_of(prediction))
-            kept[prediction.id] = prediction
-
-
-def _read(path: Path) -> dict[str, Prediction]:
-    """The answers of an earlier start; a half-written last line is dropped, its question is asked again."""
-    rows = read_partial_jsonl(path)
-    lists = ("log_probs", "timestamps_s")
-    try:
-        return {row["id"]: Prediction(**row | {name: tuple(row[name]) for name in lists}) for row in rows}
-    except (KeyError, TypeError) as error:
-        raise StkitError(f"{path}: a line is no prediction ({error}): choose another --out") from error
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words: "40 s", "3 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _scores(run: _Run, questions: Sequence[Question], record: dict, control: str, benchmark: Benchmark) -> dict:
-    """The JSON object of a run: judge's figures, with what only the run knows."""
-    scores = score(list(run.said.values()), list(run.unseen.values()), questions)
+def _finish(inquiry: Inquiry) -> dict:
+    """The JSON object of a run, written down: judge's figures, with what only the run knows."""
+    inquiry.merge()
+    said, benchmark, record = inquiry.read(), inquiry.benchmark, inquiry.interview.loaded.record
+    scores = score(list(said.values()), list(inquiry.unseen.values()), inquiry.questions)
+    control = inquiry.interview.settings.control
     notices = ["untrained weights: expect chance"] * record["untrained"]
     notices += [text for name, text in CONTROL_NOTICES.items() if name == control] + scores["notices"]
     if benchmark.skipped:
         notices.append(f"{len(benchmark.skipped)} malformed rows were left out")
-    return scores | {"skipped": len(benchmark.skipped), "notices": notices}
+    if inquiry.remote:
+        scores["endpoint"] = inquiry.costs()
+    scores |= {"skipped": len(benchmark.skipped), "notices": notices}
+    write_json(inquiry.out / "scores.json", scores)
+    return scores
 
 
 def _frame(said: dict[str, Prediction], questions: Sequence[Question]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from stkit.evaluation import evaluate
 from stkit.runs import write_jsonl
 from stkit.runtime import StkitError
 from stkit.vlm import cache as cache_module
+from stkit.vlm import inquiry
 from stkit.vlm.interview import Interview
 from stkit.vlm.load import load_model
 
@@ -140,7 +141,7 @@ def test_a_video_outside_of_the_benchmark_is_a_failure_not_a_leak(own_bench, tin
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(bench, tiny, tmp_path, monkeypatch):
-    write, calls = evaluation.append_jsonl, []
+    write, calls = inquiry.append_jsonl, []
 
     def full(path, row):
         calls.append(path)
@@ -148,7 +149,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(bench, tiny, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, row)
 
-    monkeypatch.setattr(evaluation, "append_jsonl", full)
+    monkeypatch.setattr(inquiry, "append_jsonl", full)
     with pytest.raises(StkitError, match="the disk is full: free some space and run the same command again"):
         evaluate(bench, tiny, tmp_path / "r", progress=False)
     assert evaluate(bench, tiny, tmp_path / "r", progress=False).scores["n"] == 12
@@ -158,7 +159,7 @@ def test_a_read_only_folder_is_one_line(bench, tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "r"))
 
-    monkeypatch.setattr(evaluation, "claim", refuse)
+    monkeypatch.setattr(inquiry, "claim", refuse)
     with pytest.raises(StkitError, match="read-only: choose another --out"):
         evaluate(bench, tiny, tmp_path / "r", progress=False)
 

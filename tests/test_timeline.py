@@ -22,9 +22,8 @@ MOMENTS = st.lists(st.builds(lambda m, k: Moment(m, *k), st.sampled_from(MOTIONS
 
 
 def of(events, marks=None, kinds=(("tree", "left"), ("fire", "right"))) -> dict:
-    """A truth with a frame for each event; equal neighbours are one step, as the truth numbers them."""
-    numbers = [k for k, (_, run) in enumerate(itertools.groupby(events)) for _ in run]
-    columns = {"event": events, "step": numbers, "landmark": marks or [""] * len(events)}
+    """A truth with a frame for each event."""
+    columns = {"event": events, "landmark": marks or [""] * len(events)}
     plan = {"landmarks": [{"kind": kind, "side": side} for kind, side in kinds]}
     return {"clip_id": "a", "frame_ticks": [*range(len(events))], "ticks": columns, "plan": plan}
 
@@ -132,9 +131,9 @@ def test_frames_that_the_clip_has_not_are_refused(frames):
 
 @pytest.mark.parametrize("change", [
     {"ticks": {}}, {"frame_ticks": None}, {"frame_ticks": [0, 99]}, {"plan": {}}, {"plan": None},
-    {"ticks": {"event": ["fly"] * 2, "step": [0, 0], "landmark": ["", ""]}},
-    {"ticks": {"event": ["left"] * 2, "step": [0, 0], "landmark": ["cow", "cow"]}},
-    {"ticks": {"event": [3, 3], "step": [0, 0], "landmark": ["", ""]}},
+    {"ticks": {"event": ["fly"] * 2, "landmark": ["", ""]}},
+    {"ticks": {"event": ["left"] * 2, "landmark": ["cow", "cow"]}},
+    {"ticks": {"event": [3, 3], "landmark": ["", ""]}},
 ])  # fmt: skip
 def test_a_malformed_truth_is_told_with_the_fix(change):
     with pytest.raises(StkitError, match="truth of a clip.*build the benchmark anew"):

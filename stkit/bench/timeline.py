@@ -8,8 +8,8 @@ follows from it::
     render(moments)    # "Timeline: stand marble right, straight marble right, straight, open, left, left ash left."
     parse(render(moments)) == moments
 
-An item is a motion, then the landmark in view and its side, if one is. That word of the two frames is told which is
-new; so an event that two frames in a row show is always told.
+An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, the second
+is told if the first was told just before: so an event that two frames in a row show is never left out.
 """
 
 import math
@@ -72,9 +72,9 @@ def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
             raise BadUse(f"frames {frames!r:.80}: give at least one, numbered from 0 to {len(ticks) - 1}")
         sides = {"": ""} | {mark["kind"]: mark["side"] for mark in truth["plan"]["landmarks"]}
         at = [ticks[index] for index in frames]
-        motions = [(columns["step"][tick], WORDS[columns["event"][tick]]) for tick in at]
+        motions = [WORDS[columns["event"][tick]] for tick in at]
         marks = [(kind, sides[kind]) for kind in (columns["landmark"][tick] for tick in at)]
-        told = [(MEANT[word], *mark) for (_, word), mark in zip(_newest(motions), _newest(marks), strict=True)]
+        told = [(MEANT[word], *mark) for word, mark in zip(_newest(motions), _newest(marks), strict=True)]
         if unknown := [m for _, *m in told if m != ["", ""] and not (m[0] in LANDMARKS and m[1] in MIRROR)]:
             raise KeyError(*unknown[0])
     except (KeyError, IndexError, TypeError, AttributeError) as error:

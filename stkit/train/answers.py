@@ -105,7 +105,10 @@ def plain_question(question: Question) -> str:
 
 
 def _derivation(question: Question, moments: Sequence[Moment] | None) -> str:
-    """Time line, route, its reverse where that is asked, the options that remain after each item, the letter."""
+    """Time line, route, its reverse where that is asked, the options that remain after each item, the letter.
+
+    The route is the right answer's own: a time line of fewer frames than the benchmark is made for may lack a turn.
+    """
     if not moments:
         raise StkitError(
             f"question {question.id}: clip {question.clip_id} has no truth, so there is no time line to learn: set "

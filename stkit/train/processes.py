@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..runtime import StkitError
+from ..vlm.processes import launched
 from .settings import Settings
 
 
@@ -26,7 +27,7 @@ class Processes:
 
     def __init__(self, settings: Settings, out: Path, config: Mapping | None = None):
         tracker = settings.train.tracker
-        cpu = settings.model.device == "cpu"
+        cpu = settings.model.device == "cpu" or (launched() and not torch.cuda.is_available())  # else it sees one only
         try:
             self.accelerator = Accelerator(cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(out))
         except (ValueError, ImportError) as error:
@@ -40,7 +41,8 @@ class Processes:
     @property
     def device(self) -> str | None:
         """This process's own device; None for one process, which takes what the settings say."""
-        return str(self.accelerator.device) if self.count > 1 else None
+        own = self.accelerator.device
+        return None if self.count == 1 else own.type if own.type == "cpu" else str(own)
 
     def share(self, items: Sequence) -> Sequence:
         """Every ``count``-th item, from this process's number on."""

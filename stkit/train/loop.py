@@ -181,7 +181,7 @@ class Loop:
                 with self.autocast():
                     loss, sums = loss_of(forest)
                 if not torch.isfinite(loss):
-                    raise StkitError(f"the loss is {float(loss)} on {_names(forest)}")
+                    raise StkitError(f"the loss is {float(loss.detach())} on {_names(forest)}")
                 self.scaler.scale(loss).backward()
             sums = {"loss": float(loss.detach()), "tokens": sum(p.tokens for p in forest), "pieces": 1} | sums
             for name, value in sums.items():

@@ -137,9 +137,13 @@ def _nearest(name: str, where: str) -> str:
     own = [key for key in keys if key.startswith(f"{where}.")] if where else [f.name for f in fields(Settings)] + keys
     last = {key.rpartition(".")[2]: key for key in reversed(keys)}
     word = name.rpartition(".")[2]
-    exact = last.get(word) or ELSEWHERE.get(word)  # the right name in the wrong section, or another trainer's name
-    near = difflib.get_close_matches(name, own, 1, 0.75)
-    return exact or near[0] if exact or near else difflib.get_close_matches(name, own or keys, 1, 0.0)[0]
+    if word in last or word in ELSEWHERE:  # the right name in the wrong section, or another trainer's name
+        return last.get(word) or ELSEWHERE[word]
+    if near := difflib.get_close_matches(name, own, 1, 0.75):
+        return near[0]
+    if near := difflib.get_close_matches(word, ELSEWHERE, 1, 0.8):
+        return ELSEWHERE[near[0]]
+    return difflib.get_close_matches(name, own or keys, 1, 0.0)[0]
 
 
 def _value(hint, value, name: str):

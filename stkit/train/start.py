@@ -84,7 +84,8 @@ def begin(
     course = Course(benchmark, settings)
     out = Path(out if out is not None else tempfile.mkdtemp(prefix=f"stkit-{stage}-"))
     told = {"settings": settings.to_dict(), "bench": str(Path(bench).resolve())} | dict(beside or {})
-    refuse_other(out, {"stage": stage, **told}, name=CONFIG, given_only=True)  # before a model is loaded
+    for part in ({"stage": stage}, told):  # before a model is loaded
+        refuse_other(out, part, name=CONFIG, given_only=True)
     processes = Processes(settings, out, told["settings"])
     if processes.count > settings.train.batch * settings.train.accumulation:
         raise BadUse(

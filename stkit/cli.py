@@ -208,11 +208,11 @@ def eval_(
 
 @app.command(epilog="Example: stkit report runs/first runs/second --out runs/both.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="One run folder, or two to compare.")],
-    out: Annotated[Path, typer.Option("--out", help="The HTML file; tables go beside it as CSV and LaTeX.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or two to compare: evaluations, or training runs.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file; tables go beside it (CSV; of evaluations LaTeX too).")] = Path("report.html"),
     as_json: AsJson = False,
 ):
-    """Write the category-wise report of one run, or of two side by side."""
+    """Write the report of one run, category by category or step by step, or of two side by side."""
     from . import report as run
 
     with stdout_for_json_only(as_json):

@@ -243,11 +243,16 @@ def _pairs(runs: Sequence[Run], found: list[dict]) -> list[dict]:
     return shown
 
 
-def _loaded(runs) -> list[Run]:
-    """Runs from folders, results of ``evaluate`` or Runs; two of one name are called by their paths."""
+def _items(runs) -> list:
+    """What was given, one or several, as a list."""
     items = [runs] if isinstance(runs, (str, os.PathLike, Run)) or hasattr(runs, "out") else list(runs)
     if not items:
         raise BadUse("no run given: name at least one folder that 'stkit eval' wrote")
+    return items
+
+
+def _loaded(items: Sequence) -> list[Run]:
+    """Runs from folders, results of ``evaluate`` or Runs; two of one name are called by their paths."""
     loaded = [item if isinstance(item, Run) else load_run(getattr(item, "out", item)) for item in items]
     names = Counter(run.name for run in loaded)
     return [run if names[run.name] == 1 else replace(run, name=str(run.path)) for run in loaded]
@@ -260,16 +265,33 @@ def _notices(runs: Sequence[Run]) -> list[str]:
     return shared + [f"{run.name}: {n}" for run in runs for n in run.notices if n not in shared]
 
 
+def _are_training(items: Sequence) -> bool:
+    """Whether these are training runs, told by their config.yaml.
+
+    Raises:
+        BadUse: some are and some aren't.
+    """
+    places = [Path(getattr(item, "out", getattr(item, "path", item))) for item in items]
+    training = [place for place in places if (place / "config.yaml").is_file()]
+    if training and (others := [place for place in places if place not in training]):
+        raise BadUse(
+            f"{training[0]} is a training run and {others[0]} is not: report them apart, or ask the trained model by "
+            "'stkit eval' and compare the evaluations"
+        )
+    return bool(training)
+
+
 def report(runs, out: str | os.PathLike = "report.html") -> dict:
-    """Write the report of one run, or of several beside the first.
+    """Write the report of one run, or of several beside the first; of training runs in the same axes.
 
     Args:
-        runs: a run folder, a result of ``evaluate``, or several of them.
+        runs: a run folder, a result of ``evaluate`` or of a training, or several of them.
         out: the HTML file; the category table goes beside it as ``.csv`` and ``.tex``.
 
     Returns:
         {"report": path, "tables": [paths], "notices": [texts], "runs": [name, path and scores of each],
-        "comparison": [as from :func:`stkit.reporting.judge.compare`, empty for one run]}.
+        "comparison": [as from :func:`stkit.reporting.judge.compare`, empty for one run]}; of training runs as from
+        :func:`stkit.reporting.training.training_report`.
 
     Raises:
         StkitError: a folder that isn't a run, a malformed file, an output that cannot be written.
@@ -277,7 +299,11 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise BadUse(f"--out {out}: give a name that ends in .html")
-    loaded = _loaded(runs)
+    if _are_training(items := _items(runs)):
+        from .training import training_report  # torch comes with it: not for a report on an evaluation
+
+        return training_report(items, out, _environment())
+    loaded = _loaded(items)
     comparison = compare(*loaded) if len(loaded) > 1 else []
     notices = _notices(loaded)
     count = max(2, EXAMPLES // len(loaded))

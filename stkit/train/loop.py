@@ -222,6 +222,8 @@ class Loop:
             row, self.resumed = row | {"resumed_from_step": self.resumed}, None
         if self.halved:
             row["max_tokens"] = self.max_tokens
+        if self.scaler.is_enabled():  # a step whose gradients overflow float16 is left out, and the scale falls
+            row["scale"] = self.scaler.get_scale()
         if self.processes.first:
             append_jsonl(self.out / LOGS[0], row)
             self.processes.track(row)

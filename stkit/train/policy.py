@@ -97,7 +97,7 @@ def make_policy(model: str | Path | Loaded, settings: Settings, reference: bool,
         StkitError: the model cannot be loaded, or cannot be trained as asked.
     """
     loaded = _loaded(model, settings, device)
-    if settings.model.adapter is not None:
+    if loaded.record["adapter"] is not None:
         loaded = _merged(loaded)
     lora = settings.lora.rank > 0
     if not lora:

@@ -6,6 +6,7 @@ wrapper's hooks would not see.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,10 +29,9 @@ class Processes:
     def __init__(self, settings: Settings, out: Path, config: Mapping | None = None):
         tracker = settings.train.tracker
         cpu = settings.model.device == "cpu" or (launched() and not torch.cuda.is_available())  # else it sees one only
-        try:
-            self.accelerator = Accelerator(cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(out))
-        except (ValueError, ImportError) as error:
-            raise StkitError(f"train.tracker={tracker}: {error}: install it with pip, or use none") from error
+        if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without it
+            raise StkitError(f"train.tracker={tracker}: it is not installed: pip install {tracker}, or use none")
+        self.accelerator = Accelerator(cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(out))
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.first = self.rank == 0
         if tracker != "none":

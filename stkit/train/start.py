@@ -16,11 +16,13 @@ import torch
 from ..bench.schema import Benchmark, load_benchmark
 from ..runs import append_jsonl, explain, refuse_other
 from ..runtime import BadUse, StkitError
-from ..vlm.load import Loaded
+from ..vlm.load import Loaded, find, result_of_run
 from ..vlm.sight import fingerprint
 from ..vlm.vision import encode_video
+from .anatomy import config_names
 from .data import Course, Item, Seen, Watcher, load_pairs
 from .loop import Loop
+from .plan import Plan, check_plan, plan, said
 from .policy import Policy, make_policy
 from .processes import Processes
 from .reading import load_settings
@@ -92,6 +94,7 @@ def begin(
             f"{processes.count} processes share {settings.train.batch * settings.train.accumulation} clips of an update: raise "
             f"train.batch to {processes.count} or more"
         )
+    needs = _needs(model, settings, stage)
     policy = make_policy(model, settings, reference=stage == "grpo" and settings.grpo.beta > 0, device=processes.device)
     watcher = Watcher(benchmark, settings.video, policy.loaded.processor)
     scorer = None
@@ -105,7 +108,7 @@ def begin(
     why = record.get("why", {}) | {"precision": f"{loop.precision}: {loop.why}"}
     try:
         if processes.first:
-            start_run(out, stage, told, record, files, {"why": why, "threads": torch.get_num_threads()})
+            start_run(out, stage, told, record, files, {"why": why, "threads": torch.get_num_threads(), "plan": needs.to_json()})
             _say(policy, loop)
         processes.wait()
         cursor = loop.resume()
@@ -121,6 +124,20 @@ def _benchmark(bench: str | Path, overrides: dict) -> tuple[Benchmark, dict]:
     if pairs is None:
         return load_benchmark(bench), overrides
     return pairs, {"data.prompt": "plain", "sft.form": "solution"} | overrides
+
+
+def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
+    """What the run will need of memory, said and refused where it cannot fit, before anything is loaded."""
+    if isinstance(model, (str, Path)):
+        model = result_of_run(str(model), settings.model.adapter)[0]
+        known = model == "tiny" or model.removeprefix("Qwen/") in config_names()
+        found = plan(model if known else find(model).folder, settings, stage)
+    else:
+        found = plan(model[0].config, settings, stage)
+    if found.peak > found.limit:  # whether a prompt fits into max_tokens is known when it is read
+        check_plan(found)
+    print(f"memory: about {said(found.peak)} of {said(found.limit)} at the peak, {found.phase} ({found.assumed()})", file=sys.stderr)
+    return found
 
 
 def _loop(out, stage, settings: Settings, course: Course, policy, processes, progress) -> Loop:

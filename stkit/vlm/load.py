@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from ..runs import read_json
+from ..runs import read_json, read_yaml
 from ..runtime import StkitError, versions
 from . import tiny
 from .cache import content_hash
@@ -71,7 +71,8 @@ def load_model(
     """Load a model with its processor, in evaluation mode.
 
     Args:
-        name_or_path: "tiny", a hub name such as "Qwen/Qwen2.5-VL-3B-Instruct", or a folder.
+        name_or_path: "tiny", a hub name such as "Qwen/Qwen2.5-VL-3B-Instruct", a folder, or the folder of a training run
+            (its end result is loaded: a whole model, or its base with its adapter).
         four_bit: NF4 with double quantisation; None: for models of 1.5 billion parameters and more on a CUDA GPU.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         dtype: "auto" (bfloat16 on GPUs, float16 on those without it, float32 on a CPU), or one of those names.
@@ -81,7 +82,8 @@ def load_model(
     Raises:
         StkitError: the model, a weight in it, the adapter or what was asked for is not there or does not fit.
     """
-    source = find(str(name_or_path))
+    name, adapter = result_of_run(str(name_or_path), adapter)
+    source = find(name)
     config = read_config(source)
     untrained = source.name == "tiny" and not (source.folder / "model.safetensors").exists()
     parameters = 0 if untrained else count_parameters(source)
@@ -102,6 +104,27 @@ def load_model(
         record["adapter_sha256"] = content_hash(folder / "adapter_model.safetensors")  # one trained on is another
     print(summary(record), file=sys.stderr)
     return Loaded(model, processor, record)
+
+
+def result_of_run(name: str, adapter: str | Path | None) -> tuple[str, str | Path | None]:
+    """What to load of a training run's folder: the model in it, or its base and the adapter in it. Other names as given."""
+    folder = Path(name).expanduser()
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+        return name, adapter
+    if (folder / "model").is_dir():
+        return str(folder / "model"), adapter
+    if not (folder / "adapter").is_dir():
+        raise StkitError(f"{folder}: this training run is not finished: run the same command again, or give a checkpoint")
+    if adapter is not None:
+        raise StkitError(f"{folder} is a run with an adapter of its own: give its base as the model, or leave {adapter} out")
+    config = read_yaml(folder / "config.yaml")
+    try:
+        base, start = config["model"]["name"], config["model"]["adapter"]
+    except (KeyError, TypeError) as error:
+        raise StkitError(f"{folder}/config.yaml: the model's record is missing: give the base and the adapter") from error
+    if start is not None:
+        raise StkitError(f"{folder} was trained on {base} with {start} merged into it: merge it first ('stkit merge')")
+    return base, folder / "adapter"
 
 
 def head_size(config) -> int:

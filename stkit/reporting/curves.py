@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -28,7 +27,7 @@ from ..runs import explain, read_yaml
 from ..runtime import StkitError
 from ..train.run import CONFIG, Run
 from ..train.settings import STAGES
-from .plots import INK, STYLE
+from .plots import INK, STYLE, svg_element
 from .tables import visible
 
 HEAVY = ("ids", "log_probs", "forced")
@@ -290,9 +289,4 @@ def svg(panel: Panel, runs: Mapping[str, Run], name: str) -> Markup:
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         draw(figure.add_subplot(), panel, resumptions(runs))
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = re.sub(r'( id="|href="#|url\(#)', lambda found: f"{found.group()}{name}-", buffer.getvalue())
-    box = re.search(r'viewBox="[^"]*"', text).group()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    told = escape(visible(_label(panel)))
-    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{told}">'
-    return Markup(re.sub(r"<svg[^>]*>", lambda _: head, text.replace(INK, "currentColor"), count=1))
+    return Markup(svg_element(buffer.getvalue(), visible(_label(panel)), name))

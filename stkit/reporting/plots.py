@@ -220,7 +220,11 @@ def inline_svg(draw, data: dict, label: str, name: str) -> str:
         figure = Figure(figsize=figure_size(len(_drawn(data))), layout="constrained")
         draw(data, ax=figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    return svg_element(buffer.getvalue(), label, name)
+
+
+def svg_element(svg: str, label: str, name: str) -> str:
+    """matplotlib's SVG as an element for a page; label and name as in :func:`inline_svg`."""
     svg = re.sub(r'( id="|href="#|url\(#)', lambda found: f"{found.group()}{name}-", svg)
     box = re.search(r'viewBox="[^"]*"', svg).group()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -64,7 +64,7 @@ def summary(run: Run) -> dict:
         best (step, accuracy, low, high, blind, chance, n, clusters, and ``of`` how many it is the best).
     """
     steps = list(run.metrics["step"]) if len(run.metrics) else []
-    told = {"stage": run.config["stage"], "steps": int(max(steps, default=0)), "asked": _setting(run, "train.steps")}
+    told = {"stage": run.config["stage"], "steps": int(max(steps, default=0)), "asked": run.config.get("steps") or _setting(run, "train.steps")}
     told |= {"epoch": series(run, "epoch").max(), "result": str(run.model) if run.model else None, "best": _best(run)}
     for name in ("loss", "reward"):
         values = series(run, name).dropna()
@@ -289,13 +289,6 @@ def _section(name: str, run: Run, count: int) -> dict:
     }
 
 
-def _layout(environment: Environment):
-    """The evaluation page's head and look, with blocks for what a training run adds."""
-    head = environment.loader.get_source(environment, "report.html")[0].split("<main>")[0]
-    head = head.replace("</style>", "{% block style %}{% endblock %}</style>")
-    return environment.from_string(head + "<main>{% block main %}{% endblock %}</main>\n</body>\n</html>\n")
-
-
 def _metrics(runs: Mapping[str, Run]) -> pd.DataFrame:
     """All rows of metrics.jsonl, with the run's name first."""
     frames = [run.metrics.assign(run=name) for name, run in runs.items()]
@@ -334,7 +327,7 @@ def training_report(runs, out: str | Path, environment: Environment) -> dict:
     said = [f"{s['name']}: {notice}" if len(found) > 1 else notice for s in sections for notice in s["notices"]]
     environment.filters["number"] = number
     page = environment.get_template("training.html").render(
-        layout=_layout(environment), version=__version__, colours=TASK_COLOURS, title=" and ".join(found),
+        version=__version__, colours=TASK_COLOURS, title=" and ".join(found),
         notices=said, runs=sections, plots=drawn, caption=caption(found),
         differs=[(key, " → ".join(values)) for key, values in differs],
     )  # fmt: skip

@@ -299,17 +299,21 @@ def _refuse_far(job: Job, sums: Mapping) -> None:
 
 def _row(job: Job, batch: Batch, told: Mapping, update: int) -> dict:
     """One row of metrics.jsonl. kl, entropy and ratio are means over the learned tokens (kl by k3 whatever is learned)."""
-    facts, tokens = batch.facts, max(1, told.get("learned", 0))
+    facts, tokens = batch.facts, told.get("learned", 0)
+
+    def mean_of(name: str) -> float | None:
+        """Over the learned tokens; None where nothing was learned."""
+        return told[name] / tokens if tokens and name in told else None
+
     mean = facts["reward"] / max(1, facts["rollouts"])
     spread = max(0.0, facts["squares"] / max(1, facts["rollouts"]) - mean * mean) ** 0.5
-    kl = told.get("kl", 0.0) / tokens if job.settings.grpo.beta > 0 else None
     parts = {
         name: facts[name] / facts[name.replace("reward_", "count_", 1)] for name in sorted(facts) if name.startswith("reward_")
     }
     return {
-        "loss": told["loss"], "reward": mean, "kl": kl, "entropy": told.get("entropy", 0.0) / tokens, "lr": told["lr"],
-        "grad_norm": told["grad_norm"], "clip_fraction": told.get("clipped", 0) / tokens, "tokens": int(told["tokens"]),
-        "learned_tokens": int(told.get("learned", 0)), "ratio": told.get("ratio", float(tokens)) / tokens,
+        "loss": told["loss"], "reward": mean, "kl": mean_of("kl"), "entropy": mean_of("entropy"), "lr": told["lr"],
+        "grad_norm": told["grad_norm"], "clip_fraction": mean_of("clipped"), "tokens": int(told["tokens"]),
+        "learned_tokens": int(tokens), "ratio": mean_of("ratio"),
         "reward_std": spread, **parts, "length": facts["length"] / max(1, facts["rollouts"]),
         "finished": facts["finished"] / max(1, facts["rollouts"]), "groups": int(facts["groups"]),
         "skipped_groups": int(facts["skipped_groups"]), "refills": facts["refills"], "rollouts": int(facts["rollouts"]),

@@ -23,7 +23,7 @@ from ..runtime import StkitError, versions
 from ..vlm.sight import changed_files
 
 CONFIG = "config.yaml"
-BESIDE = ("command", "why", "platform", "plan")
+BESIDE = ("command", "why", "platform", "plan", "threads", "steps")  # keys of it that are not compared on resumption
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Run:
             values = self.metrics[name].dropna() if name in self.metrics else ()
             if len(values):
                 found[name] = {"first": float(values.iloc[0]), "last": float(values.iloc[-1])}
-        if len(self.scores):
-            best = self.scores.loc[self.scores["accuracy"].idxmax()]
-            found["best"] = best.to_dict()
+        scored = self.scores.dropna(subset=["accuracy"]) if len(self.scores) else self.scores
+        if len(scored):
+            found["best"] = scored.loc[scored["accuracy"].idxmax()].to_dict()
         return found | {"result": str(self.model) if self.model else None}
 
     def text(self) -> str:
@@ -77,7 +77,7 @@ def open_run(out: str | Path) -> Run:
     if not (out / CONFIG).exists():
         raise StkitError(f"{out}: no {CONFIG} in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
     config = read_yaml(out / CONFIG)
-    tables = [pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl")) for name in ("metrics", "rollouts", "scores")]
+    tables = [pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl", cut=False)) for name in ("metrics", "rollouts", "scores")]
     return Run(out, config if isinstance(config, dict) else {}, *tables)
 
 

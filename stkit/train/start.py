@@ -108,7 +108,8 @@ def begin(
     why = record.get("why", {}) | {"precision": f"{loop.precision}: {loop.why}"}
     try:
         if processes.first:
-            start_run(out, stage, told, record, files, {"why": why, "threads": torch.get_num_threads(), "plan": needs.to_json()})
+            facts = {"why": why, "threads": torch.get_num_threads(), "plan": needs.to_json(), "steps": loop.steps}
+            start_run(out, stage, told, record, files, facts)
             _say(policy, loop)
         processes.wait()
         cursor = loop.resume()

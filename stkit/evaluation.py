@@ -10,7 +10,6 @@ refused.
 """
 
 import contextlib
-import hashlib
 import io
 import tempfile
 from collections.abc import Sequence
@@ -19,15 +18,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .bench.schema import SPLITS, Benchmark, Prediction, Question, load_benchmark, row_of
+from .bench.schema import SPLITS, Prediction, Question, load_benchmark, row_of
 from .reporting.scores import CONTROLS as CONTROL_NOTICES
 from .reporting.scores import score
 from .reporting.tables import text_table
-from .runs import explain, read_json, refuse_other, to_json, write_json
+from .runs import explain, read_json, refuse_other, write_json
 from .runtime import BadUse, StkitError
-from .sampling import sample_indices
 from .vlm.ask import MAX_TOKENS
-from .vlm.cache import FrameCache, content_hash
+from .vlm.cache import FrameCache
 from .vlm.controls import CONTROLS
 from .vlm.endpoint import Endpoint
 from .vlm.inquiry import Inquiry
@@ -36,6 +34,7 @@ from .vlm.load import Loaded, load_model
 from .vlm.processes import Team, join_team, own_device
 from .vlm.prompts import STYLES
 from .vlm.remote import IMAGES, LEAST_PIXELS, PATIENCE, RemoteInterview
+from .vlm.sight import choose_pixels, choose_sampling, fingerprint
 from .vlm.video import PUBLISHED_MAX_PIXELS, READERS
 
 MODES = ("letter", "generate")
@@ -138,7 +137,7 @@ def evaluate(
     if not questions:
         there = ", ".join(sorted({q.split for q in benchmark.questions}))
         raise StkitError(f"{bench}: no question of split {split!r} (there are {there}): choose another --split")
-    sampled = _sampling(benchmark, sampling, frames, fps)
+    sampled = choose_sampling(benchmark.info, sampling, frames, fps)
     asked = {"four_bit": four_bit, "device": device, "dtype": dtype, "attention": attention, "adapter": adapter}
     chosen = {"bench": str(Path(bench).resolve()), "split": split, "limit": limit, "blind": blind, "skip_bad": skip_bad}
     chosen |= {"mode": mode, "control": control, "seed": seed, "reader": reader, "prompt": prompt, **sampled}
@@ -154,12 +153,13 @@ def evaluate(
     try:
         team.first(lambda: refuse_other(out, chosen, part="settings"))  # before a model is loaded
         loaded = None if served else team.each(lambda: _loaded(model, asked, team))
-        chosen |= _pixels(loaded, max_pixels) | ({"model": loaded.record["name"]} if loaded else {})
+        size = loaded.processor.video_processor.size if loaded else {"shortest_edge": LEAST_PIXELS, "longest_edge": PUBLISHED_MAX_PIXELS}
+        chosen |= choose_pixels(size, max_pixels) | ({"model": loaded.record["name"]} if loaded else {})
         settings = Settings(**{k: chosen[k] for k in Settings.__dataclass_fields__})
         frames_cache, patience = FrameCache() if cache else None, min(PATIENCE, len(questions))
         interview = Interview(loaded, settings, max_tokens, frames_cache) if loaded else RemoteInterview(
             served, settings, frames_cache, patience)  # fmt: skip
-        files = _fingerprint(benchmark, questions, with_videos=control != "blind")
+        files = fingerprint(benchmark, questions, with_videos=control != "blind")
         inquiry = Inquiry(out, benchmark, questions, interview, files["videos"], blind, batch_size, concurrency, team)
         team.first(lambda: inquiry.start(chosen, files, sizes))
         team.each(lambda: inquiry.ask(progress and team.rank == 0))
@@ -181,23 +181,6 @@ def _check(names: dict, numbers: dict) -> None:
             raise BadUse(f"{name}={value!r}: give a whole number of at least {least}")
     if names["control"] == "circular" and names["mode"] != "letter":
         raise BadUse("control 'circular' compares letters: use mode 'letter' with it")
-
-
-def _sampling(benchmark: Benchmark, sampling: str | None, frames: int | None, fps: float | None) -> dict:
-    """Which frames are looked at: what was asked for, else what the benchmark was made for, else 32 uniform ones."""
-    info = benchmark.info
-    chosen = sampling or info.get("sampling") or "uniform"
-    for name, given, fits in (("frames", frames, "uniform"), ("fps", fps, "fps")):
-        if given is not None and chosen != fits:
-            raise BadUse(
-                f"{name}={given} has no meaning with sampling {chosen!r}: leave it out or use sampling {fits!r}"
-            )
-    if chosen == "uniform" and frames is None:
-        frames = 32 if sampling else info.get("n_frames") or 32
-    if chosen == "fps" and fps is None:
-        fps = 1.0
-    sample_indices(1, 1.0, chosen, n=2 if frames is None else frames, fps=1.0 if fps is None else fps)
-    return {"sampling": chosen, "frames": frames, "fps": fps}
 
 
 def _served(endpoint: str | None, model, asked: dict, timeout_s: float, retries: int) -> Endpoint | None:
@@ -223,28 +206,6 @@ def _loaded(model: str | Path | Loaded, asked: dict, team: Team) -> Loaded:
     if device == asked["device"]:
         return loaded
     return loaded._replace(record=loaded.record | {"device": device.split(":")[0]})  # as one process would record it
-
-
-def _pixels(loaded: Loaded | None, max_pixels: int | None) -> dict:
-    """Bounds on a frame's pixels: the published ones, or the processor's own where it takes less."""
-    least, most = LEAST_PIXELS, PUBLISHED_MAX_PIXELS
-    if loaded is not None:
-        size = loaded.processor.video_processor.size
-        least, most = size["shortest_edge"], min(most, size["longest_edge"])
-    max_pixels = most if max_pixels is None else max_pixels
-    return {"min_pixels": min(least, max_pixels), "max_pixels": max_pixels}
-
-
-def _fingerprint(benchmark: Benchmark, questions: Sequence[Question], with_videos: bool) -> dict:
-    """SHA-256 of every question and every video file of a run ("" where there is none)."""
-    videos = {}
-    for name in sorted({q.video for q in questions} if with_videos else ()):
-        try:
-            videos[name] = content_hash(benchmark.video_path(name))
-        except StkitError:  # what is wrong with it is said where it is read, and recorded with its questions
-            videos[name] = ""
-    rows = {q.id: hashlib.sha256(to_json(row_of(q)).encode()).hexdigest() for q in questions}
-    return {"questions": rows, "videos": videos}
 
 
 def _finish(inquiry: Inquiry) -> dict:

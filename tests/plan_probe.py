@@ -1,14 +1,13 @@
 """Measures what updates of small models really hold, for the tests of the memory planner; run as a script.
 
-Every case runs in a process of its own (forked after the imports) that prints one JSON object: ``live``, the bytes of
-all tensors at their most, and ``resident``, by how much the process grew at its most.
+Of every case one JSON object is printed: ``live``, the bytes of all tensors at their most, and ``resident``, by how
+much the process grew at its most.
 """
 
+import gc
 import json
-import os
 import re
 import sys
-import traceback
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -165,20 +164,13 @@ def warm_up(dtype: str = "float32") -> None:
 def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    warm_up()
+    for dtype in ("float32", "bfloat16"):
+        warm_up(dtype)
     for name, case in cases().items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            try:
-                warm_up(case[1])  # a fork shares what its parent wrote, but reads libraries into memory anew
-                print(json.dumps({"name": name} | measure(*case)), flush=True)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(0)
-        os.waitpid(child, 0)
+        gc.collect()
+        print(json.dumps({"name": name} | measure(*case)), flush=True)
 
 
 if __name__ == "__main__":

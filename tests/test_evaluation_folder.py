@@ -14,7 +14,7 @@ from stkit.evaluation import evaluate
 from stkit.runs import write_jsonl
 from stkit.runtime import StkitError
 from stkit.vlm import cache as cache_module
-from stkit.vlm import inquiry
+from stkit.vlm import inquiry, sight
 from stkit.vlm.interview import Interview
 from stkit.vlm.load import load_model
 
@@ -159,7 +159,7 @@ def test_a_read_only_folder_is_one_line(bench, tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "r"))
 
-    monkeypatch.setattr(inquiry, "claim", refuse)
+    monkeypatch.setattr(sight, "claim", refuse)
     with pytest.raises(StkitError, match="read-only: choose another --out"):
         evaluate(bench, tiny, tmp_path / "r", progress=False)
 

@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from benchmaker import lines, write_bench
+from benchmaker import write_bench
 from trainmaker import metrics
 
-from stkit import evaluate, grpo, load_model, sft
-from stkit.bench.schema import Question, row_of
-from stkit.runs import write_json, write_jsonl
+from stkit import evaluate, grpo, sft
+from stkit.bench.schema import Question
 from stkit.vlm.answers import parse
 
 OPTIONS = ("left, right", "right, left", "left, left", "right, right")

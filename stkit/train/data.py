@@ -122,7 +122,7 @@ class Watcher:
         self.benchmark, self.cache = benchmark, FrameCache() if cache is None else cache
         self.spec = video_spec(processor)
         self.chosen = choose_sampling(benchmark.info, video.sampling, video.frames, video.fps)
-        self.chosen |= choose_pixels(processor, video.max_pixels) | {"reader": video.reader}
+        self.chosen |= choose_pixels(processor.video_processor.size, video.max_pixels) | {"reader": video.reader}
 
     def watch(self, item: Item) -> Seen:
         """The item's video.

@@ -9,9 +9,8 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from ..runtime import StkitError
+from ..vlm.ask import in_common
 from ..vlm.tree import Tree, trie
 
 
@@ -68,13 +67,6 @@ def _grown(clip: int, lines: Sequence[Line], numbers: range, tokens: int) -> Pla
     ends = dict(zip(prompts, last))
     leaves = [ends[lines[k].prompt].branch(lines[k].ids, lines[k].weight, lines[k].name) for k in numbers]
     return Plant(clip, trees[0], tuple(leaves), tuple(numbers), tokens)
-
-
-def in_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences have in common from their start."""
-    length = min(len(a), len(b))
-    differs = np.not_equal(a[:length], b[:length])
-    return int(differs.argmax()) if differs.any() else length
 
 
 def forests(plants: Sequence[Plant], max_tokens: int) -> Iterator[list[Plant]]:

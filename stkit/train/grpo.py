@@ -28,6 +28,7 @@ from .reading import load_settings
 from .rewards import REWARDS
 from .rollouts import Group, Recorded, sample, score
 from .run import Run, open_run
+from .served import Served
 from .sft import clip_moments
 from .start import Job, begin
 
@@ -89,16 +90,24 @@ def grpo(
     used = find_rewards(load_settings(preset, "grpo", chosen).rewards, REWARDS, functions)
     beside = {"functions": {name: _source(function) for name, (function, _) in used.items() if name not in REWARDS}}
     job = begin("grpo", bench, model, preset, out, chosen, progress, beside)
-    recorded = Recorded(job.settings.grpo.recorded, job.course.questions) if job.settings.grpo.recorded else None
+    source = source_of(job)
     with job.loop.guarded():
         while job.loop.step < job.loop.steps:
-            batch = draw(job, functions, recorded)
+            batch = draw(job, functions, source)
             for update in range(min(job.settings.grpo.updates, job.loop.steps - job.loop.step)):
                 _learn(job, batch, update)
             job.loop.save_if_due(job.cursor)
         job.loop.finish()
     job.processes.end()
     return open_run(job.out)
+
+
+def source_of(job: Job) -> Recorded | Served | None:
+    """Where rollouts come from: a file, a server, or None for the policy itself."""
+    how = job.settings.grpo
+    if how.endpoint:
+        return Served(job.settings, job.watcher)
+    return Recorded(how.recorded, job.course.questions) if how.recorded else None
 
 
 def _source(function: Reward) -> str:
@@ -109,17 +118,17 @@ def _source(function: Reward) -> str:
         return getattr(function, "__qualname__", repr(type(function)))
 
 
-def draw(job: Job, functions: Mapping[str, Reward], recorded: Recorded | None = None) -> Batch:
+def draw(job: Job, functions: Mapping[str, Reward], source: Recorded | Served | None = None) -> Batch:
     """The rollouts of a batch, rewarded; with dapo drawn anew for groups of equal reward, ``grpo.refills`` times."""
     how, step = job.settings.grpo, job.loop.step + 1
-    if recorded is not None:
-        items = job.processes.share(recorded.clips(step, job.course.questions))
-        shots, rounds = [_shoot(job, item, functions, step, recorded) for item in items], 0
+    if isinstance(source, Recorded):
+        items = job.processes.share(source.clips(step, job.course.questions))
+        shots, rounds = [_shoot(job, item, functions, step, source) for item in items], 0
     else:
-        shots = _next(job, functions, step)
+        shots = _next(job, functions, step, source)
         rounds, wanted = 0, int(job.processes.summed({"groups": sum(len(shot.groups) for shot in shots)})["groups"])
         while how.variant == "dapo" and rounds < how.refills and len(_places(job, shots)) < wanted:
-            shots, rounds = [*shots, *_next(job, functions, step)], rounds + 1
+            shots, rounds = [*shots, *_next(job, functions, step, source)], rounds + 1
     kept = _places(job, shots)
     if how.variant == "dapo" and rounds:
         kept = kept[:wanted]
@@ -133,19 +142,19 @@ def draw(job: Job, functions: Mapping[str, Reward], recorded: Recorded | None = 
     return batch
 
 
-def _next(job: Job, functions, step: int) -> list[Shot]:
+def _next(job: Job, functions, step: int, source: Served | None) -> list[Shot]:
     """This process's share of the next clips, with rollouts."""
     items = job.items(job.cursor, job.clips)
     job.cursor += job.clips
-    return [_shoot(job, item, functions, step, None) for item in items]
+    return [_shoot(job, item, functions, step, source) for item in items]
 
 
-def _shoot(job: Job, item: Item, functions, step: int, recorded: Recorded | None) -> Shot:
+def _shoot(job: Job, item: Item, functions, step: int, source: Recorded | Served | None) -> Shot:
     how, loaded, style = job.settings.grpo, job.policy.loaded, job.settings.data.prompt
     seen = job.watcher.watch(item)
     features = job.features(seen)
-    if recorded is not None:
-        groups = recorded.groups(step, loaded, item, seen, style, how.max_new_tokens)
+    if source is not None:
+        groups = source.groups(step, loaded, item, seen, style, how.max_new_tokens)
     else:
         seed = child_seed(job.settings.train.seed, "rollouts", step, item.place)
         try:

@@ -110,7 +110,7 @@ class Plan:
         unit, name = (1e9, "GB") if self.peak > 1e9 else (1e6, "MB")
         phases = self.phases.values()
         rows = [[f"{name} of", *self.phases]]
-        for part in dict.fromkeys(part for phase in phases for part in phase):
+        for part in dict.fromkeys(part for phase in phases for part, size in phase.items() if size):
             rows.append([part, *(f"{phase[part] / unit:.2f}" if phase.get(part) else "" for phase in phases)])
         rows.append(["total", *(f"{sum(phase.values()) / unit:.2f}" for phase in phases)])
         return "\n".join("  ".join([f"{row[0]:<12}", *(f"{c:>9}" for c in row[1:])]).rstrip() for row in rows)

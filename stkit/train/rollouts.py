@@ -169,12 +169,13 @@ class Recorded:
             rows = self.steps[step][question.id]
             if len(rows) < 2:
                 raise StkitError(f"{self.path}: one rollout of {question.id!r} at step {step}: a group has 2 or more")
-            rollouts = [_rollout(row, loaded.processor.tokenizer, limit) for row in rows]
+            rollouts = [rollout_of(row, loaded.processor.tokenizer, limit) for row in rows]
             found.append(Group(question, prompt, rollouts, [row["text"] for row in rows]))
         return found
 
 
-def _rollout(row: Mapping, tokenizer, limit: int) -> Rollout:
+def rollout_of(row: Mapping, tokenizer, limit: int) -> Rollout:
+    """A rollout of a row with ids and log_probs, or of its text alone (log_probs are NaN then, until they are known)."""
     ids, log_probs = row.get("ids"), row.get("log_probs")
     finished = bool(row.get("finished", True))
     if ids is None:

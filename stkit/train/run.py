@@ -9,18 +9,13 @@
     run.metrics.plot("step", "loss")
 """
 
-import hashlib
-import shlex
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from ..runs import claim, read_json, read_partial_jsonl, read_yaml, to_json, write_json
-from ..runtime import StkitError, versions
-from ..vlm.sight import changed_files
+from ..runs import read_partial_jsonl, read_yaml
+from ..runtime import StkitError
 
 CONFIG = "config.yaml"
 BESIDE = ("command", "why", "platform", "plan", "threads", "steps")  # keys of it that are not compared on resumption
@@ -79,32 +74,3 @@ def open_run(out: str | Path) -> Run:
     config = read_yaml(out / CONFIG)
     tables = [pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl", cut=False)) for name in ("metrics", "rollouts", "scores")]
     return Run(out, config if isinstance(config, dict) else {}, *tables)
-
-
-def start_run(out: Path, stage: str, settings: Mapping, record: Mapping, files: Mapping, beside: Mapping) -> bool:
-    """Claim a run's folder.
-
-    Args:
-        settings: all of them, the benchmark's path and which frames are shown.
-        record: of the model. files: see :func:`stkit.vlm.sight.fingerprint`.
-        beside: written down, not compared.
-
-    Returns:
-        Whether an earlier start is there.
-
-    Raises:
-        StkitError: it is another run's (the difference is named), or files changed since it was started.
-    """
-    recorded = out / "files.json"
-    if recorded.exists() and (names := changed_files(read_json(recorded), files)):
-        raise StkitError(f"{settings['bench']} changed since the run in {out} was started ({names}): choose another --out")
-    model = {k: v for k, v in record.items() if k not in ("why", "versions")}
-    used = {k: v for k, v in versions().items() if k != "platform"}
-    digest = hashlib.sha256(to_json(files).encode()).hexdigest()
-    counts = {part: len(files[part]) for part in files}
-    compared = {"stage": stage, **settings, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
-    told = {"command": shlex.join(sys.argv), "why": record.get("why", {}), "platform": versions()["platform"], "plan": None}
-    found = claim(out, compared, name=CONFIG, beside=told | dict(beside))
-    if not recorded.exists():
-        write_json(recorded, files)
-    return found

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from ..bench.schema import ORDERS, SPLITS, TASKS
 from ..runtime import BadUse
 from ..sampling import SAMPLINGS, sample_indices
+from ..vlm.endpoint import Endpoint
 from ..vlm.prompts import STYLES
 from ..vlm.video import READERS
 
@@ -120,6 +121,8 @@ class GrpoSettings:
     times KL to the reference. max_kl: mean KL at which the run stops (None: never). refills: times that dapo draws new
     questions for groups of equal reward. overlong: tokens before the limit over which dapo's penalty rises. patience:
     updates with all rewards equal before a warning. recorded: a rollouts.jsonl to learn from instead of sampling.
+    endpoint: URL of an OpenAI-compatible server that draws the rollouts, of the model that it calls ``served``, at most
+    ``concurrency`` at a time.
     """
 
     variant: str = "grpo"
@@ -137,6 +140,9 @@ class GrpoSettings:
     overlong: int = 0
     patience: int = 10
     recorded: str | None = None
+    endpoint: str | None = None
+    served: str | None = None
+    concurrency: int = 4
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,12 @@ def check_settings(settings: Settings, stage: str) -> None:
         raise BadUse(
             f"grpo.group={grpo.group}: a group of one has no advantage, nothing would be learned: give 2 or more"
         )
+    if grpo.endpoint and not grpo.served:
+        raise BadUse("grpo.endpoint without grpo.served: give the name by which the server calls the model")
+    if grpo.endpoint:
+        Endpoint(grpo.endpoint, grpo.served)  # refuses a URL that holds a key, before it is written anywhere
+    if grpo.recorded and grpo.endpoint:
+        raise BadUse(f"grpo.recorded={grpo.recorded!r} and grpo.endpoint={grpo.endpoint!r} both give rollouts: leave one out")
     if stage == "grpo" and not any(settings.rewards.values()):
         raise BadUse(f"rewards={settings.rewards}: every weight is 0, nothing would be learned: give one a weight")
 
@@ -206,7 +218,7 @@ def _check_numbers(settings: Settings) -> None:
         "train.eval_limit": train.eval_limit, "train.eval_tokens": train.eval_tokens,
         "lora.alpha": lora.alpha, "grpo.group": grpo.group, "grpo.temperature": grpo.temperature,
         "grpo.max_new_tokens": grpo.max_new_tokens, "grpo.updates": grpo.updates, "grpo.max_kl": grpo.max_kl,
-        "grpo.patience": grpo.patience, "data.limit": settings.data.limit, "data.per_clip": settings.data.per_clip,
+        "grpo.patience": grpo.patience, "grpo.concurrency": grpo.concurrency, "data.limit": settings.data.limit, "data.per_clip": settings.data.per_clip,
         "video.fps": video.fps, "video.max_pixels": video.max_pixels,
     }  # fmt: skip
     for name, value in positive.items():

@@ -17,7 +17,7 @@ from ..bench.schema import Benchmark, load_benchmark
 from ..runs import append_jsonl, explain, refuse_other
 from ..runtime import BadUse, StkitError
 from ..vlm.load import Loaded, find, result_of_run
-from ..vlm.sight import fingerprint
+from ..vlm.sight import claim_run, fingerprint
 from ..vlm.vision import encode_video
 from .anatomy import config_names
 from .data import Course, Item, Seen, Watcher, load_pairs
@@ -26,7 +26,7 @@ from .plan import Plan, check_plan, plan, said
 from .policy import Policy, make_policy
 from .processes import Processes
 from .reading import load_settings
-from .run import CONFIG, start_run
+from .run import CONFIG
 from .scoring import Scorer
 from .settings import Settings
 
@@ -109,7 +109,7 @@ def begin(
     try:
         if processes.first:
             facts = {"why": why, "threads": torch.get_num_threads(), "plan": needs.to_json(), "steps": loop.steps}
-            start_run(out, stage, told, record, files, facts)
+            claim_run(out, {"stage": stage, **told}, record, files, facts, name=CONFIG)
             _say(policy, loop)
         processes.wait()
         cursor = loop.resume()

@@ -101,7 +101,7 @@ def bounded(prompts: Sequence[Prompt], max_tokens: int, each: int = 0) -> Iterat
                 f"a prompt of {len(prompt.ids)} tokens{room} is over max_tokens={max_tokens}: raise max_tokens to {whole}, "
                 "or lower frames or max_pixels"
             )
-        new = whole - _in_common(before, prompt.ids)
+        new = whole - in_common(before, prompt.ids)
         if held + new > max_tokens:
             yield prompts[begin:k]
             begin, held, new = k, 0, whole
@@ -110,7 +110,8 @@ def bounded(prompts: Sequence[Prompt], max_tokens: int, each: int = 0) -> Iterat
         yield prompts[begin:]
 
 
-def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common from their start."""
     length = min(len(a), len(b))
     differs = np.not_equal(a[:length], b[:length])
     return int(differs.argmax()) if differs.any() else length

@@ -9,8 +9,6 @@ A folder holds ``predictions.jsonl`` and ``blind.jsonl``, one line a question (o
 several processes each appends to files of its own, and :meth:`Inquiry.merge` brings them together.
 """
 
-import hashlib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +19,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..bench.schema import Benchmark, Prediction, Question, row_of
-from ..runs import append_jsonl, claim, read_json, read_partial_jsonl, to_json, write_json, write_jsonl
-from ..runtime import BadUse, StkitError, versions
+from ..runs import append_jsonl, read_partial_jsonl, to_json, write_jsonl
+from ..runtime import BadUse, StkitError
 from .cache import content_hash
-from .endpoint import in_threads, redacted
+from .endpoint import in_threads
 from .interview import BLIND, Interview, Shown
 from .processes import Team
 from .remote import RemoteInterview, total_costs
+from .sight import claim_run
 
 FILES = {"said": "predictions", "blind": "blind"}
 
@@ -68,7 +67,7 @@ class Inquiry:
 
     def start(self, settings: dict, files: dict, sizes: dict) -> None:
         """Claim the folder, and bring together what an earlier start left in it; see :func:`claim_run`."""
-        claim_run(self.out, settings, self.interview.loaded.record, files, sizes)
+        claim_run(self.out, {"settings": settings}, self.interview.loaded.record, files, sizes)
         self.merge()
         self._path("said").touch()
 
@@ -184,35 +183,6 @@ def by_clip(questions: Sequence[Question]) -> list[list[Question]]:
     for question in questions:
         clips.setdefault(question.video, []).append(question)
     return list(clips.values())
-
-
-def claim_run(out: Path, settings: dict, record: dict, files: dict, sizes: dict) -> None:
-    """Claim the run's folder; refuse files that changed since it was started, by name.
-
-    Args:
-        settings, record: what decides an answer, and the model's record: other ones are refused.
-        files: SHA-256 of every question and video, by kind.
-        sizes: written down, not compared.
-    """
-    recorded = out / "files.json"
-    if recorded.exists():
-        before = read_json(recorded)
-        changed = [k for part in files for k, v in files[part].items() if before.get(part, {}).get(k, v) != v]
-        if changed:
-            names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-            raise StkitError(
-                f"{settings['bench']} changed since the run in {out} was started ({names}): choose another --out"
-            )
-    model = {k: v for k, v in record.items() if k not in ("why", "versions")}
-    used = {k: v for k, v in versions().items() if k != "platform"}
-    counts = {part: len(files[part]) for part in files}
-    digest = hashlib.sha256(to_json(files).encode()).hexdigest()
-    compared = {"settings": settings, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
-    beside = {"command": redacted(shlex.join(sys.argv)), **sizes, "why": record.get("why", {})}
-    beside["platform"] = versions()["platform"]
-    claim(out, compared, beside=beside)
-    if not recorded.exists():
-        write_json(recorded, files)
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:

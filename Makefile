@@ -1,13 +1,16 @@
 # make demo: from nothing to runs/demo/report.html.   make test: the whole test suite.   Both set up .venv first.
+# make train: SFT and GRPO of the small model, to runs/train/report.html.
 # make bench: against plain Transformers.   make bench-sweep: how cost grows.   make kernels: the Triton kernels' proofs.
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 DEMO_CLIPS ?= 40
+TRAIN_CLIPS ?= 40
+TRAIN_STEPS ?=
 TESTS ?= tests
 
-.PHONY: setup demo test bench bench-sweep kernels notebooks clean
+.PHONY: setup demo train test bench bench-sweep kernels notebooks clean
 
 setup: $(VENV)/ready
 
@@ -23,6 +26,13 @@ demo: setup
 	@grep -qs 'demo-walks-$(DEMO_CLIPS)"' runs/demo/config.json || rm -rf runs/demo   # a demo of another size
 	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
 	$(BIN)/stkit report runs/demo --out runs/demo/report.html
+
+train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
+	$(BIN)/stkit build --out runs/train-walks-$(TRAIN_CLIPS) --clips $(TRAIN_CLIPS) --seed 0
+	$(BIN)/stkit sft runs/train-walks-$(TRAIN_CLIPS) --model tiny --preset tiny --out runs/train-sft $(TRAIN_STEPS)
+	$(BIN)/stkit grpo runs/train-walks-$(TRAIN_CLIPS) --model runs/train-sft --preset tiny --out runs/train $(TRAIN_STEPS)
+	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
+	$(BIN)/stkit report runs/train --out runs/train/report.html
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)

@@ -1,10 +1,10 @@
 """The commands of training: each calls the function of the same name in Python.
 
-    stkit plan tiny --preset tiny
-    stkit sft runs/walks --model tiny --preset tiny --out runs/sft
-    stkit grpo runs/walks --model runs/sft --preset tiny --out runs/grpo
-    stkit merge runs/grpo --out runs/merged
-    stkit export runs/walks --lmms-eval runs/lmms
+stkit plan tiny --preset tiny
+stkit sft runs/walks --model tiny --preset tiny --out runs/sft
+stkit grpo runs/walks --model runs/sft --preset tiny --out runs/grpo
+stkit merge runs/grpo --out runs/merged
+stkit export runs/walks --lmms-eval runs/lmms
 """
 
 import os
@@ -18,7 +18,9 @@ from .runs import to_json
 
 commands = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-Bench = Annotated[Path, typer.Argument(help="A benchmark folder, a question file, or a JSONL of video, prompt, completion.")]
+Bench = Annotated[
+    Path, typer.Argument(help="A benchmark folder, a question file, or a JSONL of video, prompt, completion.")
+]
 Model = Annotated[str, typer.Option("--model", help="tiny, a local folder, a training run or a hub name.")]
 Preset = Annotated[str, typer.Option("--preset", help="A preset that ships, or a YAML file.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Updates (train.steps).")]
@@ -64,7 +66,9 @@ def merge(
     run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
     out: Out,
     source: Annotated[str, typer.Option("--from", help="final, best or latest.")] = "final",
-    scores: Annotated[list[Path] | None, typer.Option("--scores", help="An evaluation for the model card (again for more).")] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option("--scores", help="An evaluation for the model card (again for more).")
+    ] = None,
     as_json: AsJson = False,
 ):
     """Write a run's weights as a model folder that plain Transformers loads, with a model card."""
@@ -78,7 +82,9 @@ def merge(
     print(f"the model is in {found['out']}, its card in {Path(found['out']) / 'README.md'}")
     if found.get("difference"):
         lost = found["difference"]
-        print(f"  log-probabilities differ from the trained model's by {lost['mean']:.2g} nats (at most {lost['max']:.2g})")
+        print(
+            f"  log-probabilities differ from the trained model's by {lost['mean']:.2g} nats (at most {lost['max']:.2g})"
+        )
 
 
 @commands.command(epilog="Example: stkit export runs/walks --lmms-eval runs/walks-lmms")
@@ -93,7 +99,11 @@ def export(
 
     with stdout_for_json_only(as_json):
         found = export_lmms_eval(bench, lmms_eval, split)
-    print(to_json(found) if as_json else f"the tasks {', '.join(found['tasks'])} are in {found['out']}; run:\n  {found['command']}")
+    print(
+        to_json(found)
+        if as_json
+        else f"the tasks {', '.join(found['tasks'])} are in {found['out']}; run:\n  {found['command']}"
+    )
 
 
 @commands.command("plan", epilog="Example: stkit plan Qwen/Qwen2.5-VL-3B-Instruct --preset t4-16gb --gpu 16")
@@ -101,7 +111,9 @@ def plan_(
     model: Annotated[str, typer.Argument(help="tiny, a local folder, or a published Qwen-VL's hub name.")],
     preset: Preset = "tiny",
     stage: Annotated[str, typer.Option("--stage", help="sft or grpo.")] = "grpo",
-    gpu: Annotated[float | None, typer.Option("--gpu", help="Memory of the GPU in GB; this machine's without it.")] = None,
+    gpu: Annotated[
+        float | None, typer.Option("--gpu", help="Memory of the GPU in GB; this machine's without it.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ):

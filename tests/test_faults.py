@@ -22,7 +22,13 @@ from stkit.vlm.logps import tree_logps
 from stkit.vlm.tree import Tree
 
 OWN = {"data.split": None, "data.tasks": ["direction"], "sft.form": "solution", "train.steps": 1, "train.batch": 2}
-GROUPS = OWN | {"grpo.group": 4, "grpo.max_new_tokens": 6, "rewards.parity": 1.0, "rewards.correct": 0, "rewards.format": 0}
+GROUPS = OWN | {
+    "grpo.group": 4,
+    "grpo.max_new_tokens": 6,
+    "rewards.parity": 1.0,
+    "rewards.correct": 0,
+    "rewards.format": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +52,17 @@ def loss_with(job, inputs=None):
     item = job.course[0]
     seen = job.watcher.watch(item)
     (one,) = plant(0, examples(job.benchmark, item, seen, job), 100_000)
-    found = tree_logps(job.policy.model, [one.tree], [seen.inputs if inputs is None else inputs(seen.inputs)], tokens="weighted")
+    found = tree_logps(
+        job.policy.model, [one.tree], [seen.inputs if inputs is None else inputs(seen.inputs)], tokens="weighted"
+    )
     return float(-(found.log_probs * found.packed.weight).sum().detach())
 
 
 def test_01_the_cold_start_sees_the_video(job):
     """Its collator dropped pixel_values_videos."""
-    assert loss_with(job) != loss_with(job, lambda video: video._replace(pixel_values=torch.zeros_like(video.pixel_values)))
+    assert loss_with(job) != loss_with(
+        job, lambda video: video._replace(pixel_values=torch.zeros_like(video.pixel_values))
+    )
 
 
 def test_02_the_prompt_is_no_label_and_no_assistant_header_is(job):
@@ -67,7 +77,11 @@ def test_03_a_video_is_encoded_once_and_goes_with_its_own_clip(bench, tmp_path, 
     """Pixel values were repeated G times, and mixed up for batches above 1."""
     calls = []
     real = sft_module.tree_logps
-    monkeypatch.setattr(sft_module, "tree_logps", lambda model, trees, videos, *a, **k: calls.append((trees, videos)) or real(model, trees, videos, *a, **k))
+    monkeypatch.setattr(
+        sft_module,
+        "tree_logps",
+        lambda model, trees, videos, *a, **k: calls.append((trees, videos)) or real(model, trees, videos, *a, **k),
+    )
     sft(bench, out=tmp_path / "run", overrides=OWN, progress=False)
     ((trees, videos),) = calls
     assert len(trees) == len(videos) == 2 and not torch.equal(videos[0].pixel_values, videos[1].pixel_values)
@@ -89,7 +103,9 @@ def test_04_the_log_prob_pass_masks_what_a_rollout_must_not_see(batch):
 
 
 def test_05_the_seconds_between_patches_reach_the_model(job):
-    assert loss_with(job) != loss_with(job, lambda video: video._replace(second_per_grid_s=video.second_per_grid_s * 40))
+    assert loss_with(job) != loss_with(
+        job, lambda video: video._replace(second_per_grid_s=video.second_per_grid_s * 40)
+    )
 
 
 def test_06_nothing_is_cut_off_a_prompt(bench, tmp_path, monkeypatch):
@@ -110,7 +126,11 @@ def test_07_log_softmax_is_in_float32_whatever_the_model_is_in():
     found = tree_logps(model, tree)
     assert found.log_probs.dtype == torch.float32
     wide = model.float()
-    hidden = load_model("tiny", dtype="bfloat16").model.model.language_model(torch.arange(5, 25)[None]).last_hidden_state[0, -1]
+    hidden = (
+        load_model("tiny", dtype="bfloat16")
+        .model.model.language_model(torch.arange(5, 25)[None])
+        .last_hidden_state[0, -1]
+    )
     exact = (hidden.float() @ wide.lm_head.weight.T).log_softmax(-1)[200:264]
     torch.testing.assert_close(found.log_probs[20:].detach(), exact.detach(), rtol=0, atol=0.02)
     rounded = exact.to(torch.bfloat16).float()
@@ -142,7 +162,9 @@ def test_10_the_answer_is_not_the_first_capital(job):
 
 def test_11_the_form_is_that_of_the_whole_text(job):
     good = "<think>I turned left twice.</think> <answer>C</answer>"
-    assert well_formed(rollouts(job, good, f"Well: {good}", f"{good} Or D?", f"{good}{good}", "<answer>C</answer>")) == [1, 0, 0, 0, 0]
+    assert well_formed(
+        rollouts(job, good, f"Well: {good}", f"{good} Or D?", f"{good}{good}", "<answer>C</answer>")
+    ) == [1, 0, 0, 0, 0]
 
 
 def test_12_what_fails_is_an_error_and_never_a_reward(bench, tmp_path):
@@ -157,20 +179,38 @@ def test_12_what_fails_is_an_error_and_never_a_reward(bench, tmp_path):
 
 
 def test_13_an_nf4_adapter_is_merged_into_what_it_was_trained_on_and_the_difference_said(bench, tmp_path):
-    own = OWN | {"model.four_bit": True, "lora.rank": 4, "train.tower": False, "train.projector": False, "train.lr": 0.02}
+    own = OWN | {
+        "model.four_bit": True,
+        "lora.rank": 4,
+        "train.tower": False,
+        "train.projector": False,
+        "train.lr": 0.02,
+    }
     run = sft(bench, out=tmp_path / "run", overrides=own, progress=False)
     told = merge(run.out, tmp_path / "merged")
     assert told["difference"]["mean"] < told["original_difference"]["mean"]
-    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= {
-        p.name for p in (tmp_path / "merged").iterdir()
-    }
+    assert {
+        "processor_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    } <= {p.name for p in (tmp_path / "merged").iterdir()}
 
 
 def test_14_the_time_of_a_patch_is_that_of_the_frames_that_were_sampled(tmp_path):
     """Cut down to 8 frames, a clip was still said to have 2 s a temporal patch."""
     bench = write_bench(tmp_path / "bench")
     for sampling in ("published", "uniform"):
-        job = begin("sft", bench, "tiny", "tiny", tmp_path / sampling, {**OWN, "sft.form": "answer", "video.sampling": sampling}, progress=False)
+        job = begin(
+            "sft",
+            bench,
+            "tiny",
+            "tiny",
+            tmp_path / sampling,
+            {**OWN, "sft.form": "answer", "video.sampling": sampling},
+            progress=False,
+        )
         inputs = job.watcher.watch(job.course[0]).inputs
         times = inputs.timestamps_s
         assert math.isclose(inputs.second_per_grid_s, (times[-1] - times[0]) / (len(times) - 1), rel_tol=0.1)

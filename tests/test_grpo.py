@@ -72,7 +72,11 @@ def on_tree(job, batch):
 @pytest.mark.parametrize("moved", [False, True])
 def test_loss_and_gradient_are_the_papers_on_plain_passes(bench, tmp_path, variant, moved):
     """Ratios were always 1 and never clipped in the released code, and its KL clamp had no gradient."""
-    job = job_on(bench, tmp_path / "run", **{"grpo.variant": variant, "grpo.beta": 0.3, "grpo.temperature": 0.8, "grpo.refills": 0})
+    job = job_on(
+        bench,
+        tmp_path / "run",
+        **{"grpo.variant": variant, "grpo.beta": 0.3, "grpo.temperature": 0.8, "grpo.refills": 0},
+    )
     batch = draw(job, {"parity": parity})
     if moved:  # as after an update
         draws = torch.Generator().manual_seed(0)
@@ -166,14 +170,21 @@ def run_weights(run):
 def test_dapo_draws_again_for_groups_of_equal_reward(bench, tmp_path):
     run = train(bench, tmp_path / "run", flat, **{"grpo.variant": "dapo", "grpo.refills": 2, "train.steps": 1})
     row = metrics(run.out)[0]
-    assert row["refills"] == 2 and row["groups"] == 12 and row["skipped_groups"] == 12 and row["epoch"] == pytest.approx(2)
+    assert (
+        row["refills"] == 2 and row["groups"] == 12 and row["skipped_groups"] == 12 and row["epoch"] == pytest.approx(2)
+    )
     run = train(bench, tmp_path / "other", parity, **{"grpo.variant": "dapo", "grpo.refills": 3, "train.steps": 1})
     row = metrics(run.out)[0]
     assert row["groups"] - row["skipped_groups"] >= 4 or row["refills"] == 3
 
 
 def test_dapo_punishes_overlong_rollouts(bench, tmp_path):
-    run = train(bench, tmp_path / "run", flat, **{"grpo.variant": "dapo", "grpo.refills": 0, "grpo.overlong": 2, "train.steps": 1})
+    run = train(
+        bench,
+        tmp_path / "run",
+        flat,
+        **{"grpo.variant": "dapo", "grpo.refills": 0, "grpo.overlong": 2, "train.steps": 1},
+    )
     for row in lines(run.out / "rollouts.jsonl"):
         assert row["rewards"]["overlong"] == min(0, max(-1, (4 - row["tokens"]) / 2))
         assert row["reward"] == 1 + row["rewards"]["overlong"]
@@ -216,13 +227,17 @@ def test_forced_tokens_are_not_learned_from(bench, tmp_path):
     assert forced > 0
     learned = sum(row["tokens"] - len(row["forced"]) for row in rows if row["advantage"])
     flat_groups = {row["id"] for row in rows} - {row["id"] for row in rows if row["advantage"]}
-    learned += sum(row["tokens"] - len(row["forced"]) for row in rows if not row["advantage"] and row["id"] not in flat_groups)
+    learned += sum(
+        row["tokens"] - len(row["forced"]) for row in rows if not row["advantage"] and row["id"] not in flat_groups
+    )
     assert metrics(run.out)[0]["learned_tokens"] == learned
 
 
 def test_a_kl_over_the_bound_stops_the_run_and_keeps_the_checkpoint(bench, tmp_path):
     own = {"grpo.max_kl": 1e-4, "train.lr": 0.02, "train.warmup": 0, "train.steps": 6, "train.save_every": 1}
-    with pytest.raises(StkitError, match=r"the KL to the reference is [\d.]+, over grpo.max_kl=0.0001.*last checkpoint is"):
+    with pytest.raises(
+        StkitError, match=r"the KL to the reference is [\d.]+, over grpo.max_kl=0.0001.*last checkpoint is"
+    ):
         train(bench, tmp_path / "run", **own)
     assert 1 <= len(metrics(tmp_path / "run")) < 6 and not (tmp_path / "run" / "model").exists()
 

@@ -49,14 +49,24 @@ def chance(tmp_path_factory):
     return folder / "bench", run.model
 
 
-@pytest.mark.parametrize("variant, reward", [("grpo", right), ("dr_grpo", right), ("dapo", right), ("gspo", right), ("grpo", wrong)])
+@pytest.mark.parametrize(
+    "variant, reward", [("grpo", right), ("dr_grpo", right), ("dapo", right), ("gspo", right), ("grpo", wrong)]
+)
 def test_grpo_learns_a_bandit_and_unlearns_it_with_the_reward_inverted(chance, tmp_path, variant, reward):
     bench, model = chance
     own = FAST | {
         "grpo.variant": variant, "grpo.group": 16, "grpo.max_new_tokens": 2, "grpo.beta": 0.05, "train.batch": 1, "train.lr": 5e-4,
         "grpo.refills": 0, "rewards.correct": 0, "rewards.format": 0, "grpo.patience": 1000,
     }  # fmt: skip
-    run = grpo(bench, model=model, out=tmp_path / "run", steps=45, overrides=own, rewards={reward.__name__: reward}, progress=False)
+    run = grpo(
+        bench,
+        model=model,
+        out=tmp_path / "run",
+        steps=45,
+        overrides=own,
+        rewards={reward.__name__: reward},
+        progress=False,
+    )
     said = run.rollouts.assign(right=[float(t.strip()[:1] == "ABCD"[bandit()[int(i[1])].answer]) for t, i in
                                       zip(run.rollouts["text"], run.rollouts["id"])])  # fmt: skip
     start, end = said[said["step"] == 1]["right"].mean(), said[said["step"] > 35]["right"].mean()
@@ -66,7 +76,11 @@ def test_grpo_learns_a_bandit_and_unlearns_it_with_the_reward_inverted(chance, t
 
 def test_sft_learns_a_copy_task(tmp_path):
     """The answer is a letter that stands in the question."""
-    rows = [question(f"c{k}-{clip}", clip, k % 4, f"Say {'ABCD'[k % 4]} {k}.", split="train") for clip in "abc" for k in range(8)]
+    rows = [
+        question(f"c{k}-{clip}", clip, k % 4, f"Say {'ABCD'[k % 4]} {k}.", split="train")
+        for clip in "abc"
+        for k in range(8)
+    ]
     bench = write_bench(tmp_path / "bench", rows)
     own = FAST | {"sft.form": "answer", "train.batch": 3, "train.lr": 2e-3}
     sft(bench, out=tmp_path / "run", steps=40, overrides=own, progress=False)
@@ -76,7 +90,11 @@ def test_sft_learns_a_copy_task(tmp_path):
 
 def test_frames_matter_two_clips_that_only_the_video_tells_apart(tmp_path):
     """The same question on both clips, with other answers: blind it cannot be better than chance."""
-    rows = [question(f"{clip}{k}", clip, answer, f"Which way, number {k}?") for clip, answer in (("a", 0), ("b", 3)) for k in range(2)]
+    rows = [
+        question(f"{clip}{k}", clip, answer, f"Which way, number {k}?")
+        for clip, answer in (("a", 0), ("b", 3))
+        for k in range(2)
+    ]
     bench = write_bench(tmp_path / "bench", rows)
     own = FAST | {"sft.form": "answer", "train.batch": 2, "train.lr": 1e-3}
     sft(bench, out=tmp_path / "run", steps=40, overrides=own, progress=False)
@@ -87,7 +105,9 @@ def test_frames_matter_two_clips_that_only_the_video_tells_apart(tmp_path):
 def test_grpo_learns_from_frames_too(tmp_path):
     rows = [question(clip, clip, answer, "Which way?") for clip, answer in (("a", 0), ("b", 3))]
     bench = write_bench(tmp_path / "bench", rows)
-    taught = write_bench(tmp_path / "taught", [replace(q, id=f"{q.id}{letter}", solution=letter) for q in rows for letter in "AD"])
+    taught = write_bench(
+        tmp_path / "taught", [replace(q, id=f"{q.id}{letter}", solution=letter) for q in rows for letter in "AD"]
+    )
     own = FAST | {"train.batch": 2, "train.lr": 1e-3}
     start = sft(taught, out=tmp_path / "sft", steps=25, overrides=own | {"sft.form": "solution"}, progress=False)
     own |= {"grpo.group": 16, "grpo.max_new_tokens": 2, "rewards.format": 0, "grpo.patience": 1000}

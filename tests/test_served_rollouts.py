@@ -29,7 +29,9 @@ def test_a_servers_rollouts_are_rewarded_and_learned_from(bench, tmp_path, monke
         run = grpo(bench, out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": server.url}, progress=False)
     assert len(server.requests) == 2 * 2 * 3 and all(len(r.images) == 4 for r in server.requests)
     body = server.requests[0].body
-    assert body["model"] == "walker" and body["temperature"] == 1.0 and body["max_tokens"] == 24 and body["top_p"] == 1.0
+    assert (
+        body["model"] == "walker" and body["temperature"] == 1.0 and body["max_tokens"] == 24 and body["top_p"] == 1.0
+    )
     assert len({r.body["seed"] for r in server.requests}) == 12
     rows = lines(run.out / "rollouts.jsonl")
     assert len(rows) == 12 and all(row["text"].startswith("<think>hm</think> <answer>") for row in rows)
@@ -58,5 +60,10 @@ def test_an_endpoint_that_holds_a_key_or_beside_recorded_rollouts_is_refused(ben
     with pytest.raises(BadUse, match="holds a user, a query or a key"):
         grpo(bench, out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": "http://me:secret@host/v1"}, progress=False)
     with pytest.raises(BadUse, match="both give rollouts"):
-        grpo(bench, out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": "http://host/v1", "grpo.recorded": "r.jsonl"}, progress=False)
+        grpo(
+            bench,
+            out=tmp_path / "run",
+            overrides=OWN | {"grpo.endpoint": "http://host/v1", "grpo.recorded": "r.jsonl"},
+            progress=False,
+        )
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,13 @@
 """SFT: what the labels are, that the loss is Transformers' own, and that how an update is cut changes nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from benchmaker import write_bench
+from benchmaker import write_bench, write_video
 from trainmaker import QUICK, answer, metrics, with_solutions
 
-from stkit import load_model, sft
+from stkit import import_egost, load_model, sft
 from stkit.bench.schema import load_benchmark
 from stkit.runtime import BadUse, StkitError
 from stkit.train.data import Course, drawn
@@ -87,7 +89,12 @@ def test_loss_and_gradient_are_those_of_transformers_own_pass_with_the_video(ben
         seen = job.watcher.watch(item)
         pairs += [(line, seen) for line in examples(job.benchmark, item, seen, job)]
     loss, norm = oracle(job, pairs)
-    run = sft(bench, out=tmp_path / "again", overrides=QUICK | {"sft.form": "solution", "train.clip_norm": 1e9}, progress=False)
+    run = sft(
+        bench,
+        out=tmp_path / "again",
+        overrides=QUICK | {"sft.form": "solution", "train.clip_norm": 1e9},
+        progress=False,
+    )
     assert run.metrics["loss"][0] == pytest.approx(loss, rel=1e-5)
     assert run.metrics["grad_norm"][0] == pytest.approx(norm, rel=1e-4)
 
@@ -96,11 +103,16 @@ def test_another_video_gives_another_loss(bench, tmp_path):
     other = with_solutions(tmp_path / "other" / "bench")
     (other / "videos" / "a.mp4").write_bytes((other / "videos" / "b.mp4").read_bytes())
     one = {"train.steps": 1, "data.limit": 4, "train.batch": 1}
-    losses = [sft(b, out=tmp_path / f"run-{b.parent.name}", overrides=QUICK | one, progress=False).metrics["loss"][0] for b in (bench, other)]
+    losses = [
+        sft(b, out=tmp_path / f"run-{b.parent.name}", overrides=QUICK | one, progress=False).metrics["loss"][0]
+        for b in (bench, other)
+    ]
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("changes", [{"train.max_tokens": 150}, {"train.batch": 1, "train.accumulation": 2}, {"train.checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [{"train.max_tokens": 150}, {"train.batch": 1, "train.accumulation": 2}, {"train.checkpointing": True}]
+)
 def test_how_an_update_is_cut_or_computed_again_changes_nothing(bench, tmp_path, changes):
     whole = sft(bench, out=tmp_path / "a", overrides=QUICK, progress=False).metrics
     cut = sft(bench, out=tmp_path / "b", overrides=QUICK | changes, progress=False).metrics
@@ -110,12 +122,18 @@ def test_how_an_update_is_cut_or_computed_again_changes_nothing(bench, tmp_path,
 
 
 def test_a_line_longer_than_max_tokens_is_refused_by_name(bench, tmp_path):
-    with pytest.raises(StkitError, match=r"question '[abc]-.*' ?: prompt and answer have \d+ tokens, over train.max_tokens=50"):
+    with pytest.raises(
+        StkitError, match=r"question '[abc]-.*' ?: prompt and answer have \d+ tokens, over train.max_tokens=50"
+    ):
         sft(bench, out=tmp_path / "a", overrides=QUICK | {"train.max_tokens": 50}, progress=False)
 
 
 def test_a_forest_holds_as_many_trees_as_fit():
-    lines = [Line((1, 2, 3), (4, 5), (1.0, 1.0), "a"), Line((1, 2, 3), (6,), (1.0,), "b"), Line((1, 2, 9), (6,), (1.0,), "c")]
+    lines = [
+        Line((1, 2, 3), (4, 5), (1.0, 1.0), "a"),
+        Line((1, 2, 3), (6,), (1.0,), "b"),
+        Line((1, 2, 9), (6,), (1.0,), "c"),
+    ]
     assert [p.tokens for p in plant(0, lines, 100)] == [8]
     assert [(p.tokens, p.numbers) for p in plant(0, lines, 6)] == [(6, (0, 1)), (4, (2,))]
     plants = plant(0, lines, 6)
@@ -150,6 +168,20 @@ def test_the_row_own_solution_is_learned_as_it_stands_and_cannot_end_the_turn(be
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == 1 and ids[-1] == end
     assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_the_released_training_rows_are_learned_as_they_stand(tmp_path):
+    told = import_egost(Path(__file__).parent / "samples" / "egost_r1.jsonl", tmp_path / "bench")
+    folder = tmp_path / "bench" / "videos"
+    folder.mkdir(exist_ok=True)
+    questions = load_benchmark(tmp_path / "bench").questions
+    for k, video in enumerate(sorted({q.video for q in questions})):
+        write_video(folder / video, k)
+    own = {"sft.form": "solution", "data.prompt": "published", "train.batch": told["clips"], "video.frames": 4}
+    run = sft(tmp_path / "bench", out=tmp_path / "run", steps=1, overrides=own, progress=False)
+    tokenizer = load_model("tiny").processor.tokenizer
+    assert run.metrics["questions"][0] == len(questions) == told["questions"]
+    assert run.metrics["learned_tokens"][0] == sum(len(encode_answer(tokenizer, q.solution)) for q in questions)
 
 
 def test_a_jsonl_of_the_users_own_is_learned(bench, tmp_path):

@@ -44,9 +44,17 @@ def test_the_rate_that_was_used_is_written_down(bench, tmp_path):
 def test_half_precision_trains_float32_weights_near_to_float32(bench, tmp_path, precision, lora):
     """fp16's gradients go through a scaler, as on a T4."""
     whole = sft(bench, out=tmp_path / "whole", steps=3, overrides=QUICK | lora, progress=False)
-    half = sft(bench, out=tmp_path / "half", steps=8, overrides=QUICK | lora | {"train.precision": precision}, progress=False)
-    rows, taken = lines(half.out / "metrics.jsonl"), [row["grad_norm"] is not None for row in lines(half.out / "metrics.jsonl")]
-    assert rows[0]["loss"] == pytest.approx(whole.metrics["loss"][0], rel=0.01) and rows[0]["loss"] != whole.metrics["loss"][0]
+    half = sft(
+        bench, out=tmp_path / "half", steps=8, overrides=QUICK | lora | {"train.precision": precision}, progress=False
+    )
+    rows, taken = (
+        lines(half.out / "metrics.jsonl"),
+        [row["grad_norm"] is not None for row in lines(half.out / "metrics.jsonl")],
+    )
+    assert (
+        rows[0]["loss"] == pytest.approx(whole.metrics["loss"][0], rel=0.01)
+        and rows[0]["loss"] != whole.metrics["loss"][0]
+    )
     assert taken[-1] and rows[-1]["loss"] < rows[0]["loss"] - 0.1
     if precision == "bf16":
         assert all(taken) and "scale" not in rows[0]
@@ -74,7 +82,14 @@ def test_fp16_resumes_with_its_scaler(bench, tmp_path):
 def test_grpo_in_half_precision_samples_and_learns_in_the_same(bench, tmp_path, precision):
     own = {"data.split": None, "data.tasks": ["direction"], "grpo.group": 4, "grpo.max_new_tokens": 6, "train.precision": precision,
            "rewards.correct": 0, "rewards.format": 0, "rewards.length": 0}  # fmt: skip
-    run = grpo(bench, out=tmp_path / "run", steps=1, overrides=own, rewards={"n": lambda rs: [len(r.text) % 3 for r in rs]}, progress=False)
+    run = grpo(
+        bench,
+        out=tmp_path / "run",
+        steps=1,
+        overrides=own,
+        rewards={"n": lambda rs: [len(r.text) % 3 for r in rs]},
+        progress=False,
+    )
     assert run.metrics["ratio"][0] == pytest.approx(1, abs=0.05)
 
 
@@ -112,7 +127,14 @@ def test_nf4_weights_stay_and_the_adapter_learns(bench, tmp_path):
     with pytest.raises(BadUse, match="lora.rank=0 trains all weights, (which )?4-bit ones cannot be"):
         sft(bench, out=tmp_path / "full", steps=1, overrides=QUICK | {"model.four_bit": True}, progress=False)
     with pytest.raises(StkitError, match="merging into 4-bit weights would round it"):
-        grpo(bench, model=tmp_path / "run", out=tmp_path / "g", steps=1, overrides=LORA | {"data.split": None, "model.four_bit": True}, progress=False)
+        grpo(
+            bench,
+            model=tmp_path / "run",
+            out=tmp_path / "g",
+            steps=1,
+            overrides=LORA | {"data.split": None, "model.four_bit": True},
+            progress=False,
+        )
 
 
 def test_a_run_folder_is_a_model(bench, tmp_path):
@@ -138,7 +160,9 @@ def test_what_is_needed_of_memory_is_said_written_down_and_refused(bench, tmp_pa
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_said(bench, tmp_path, monkeypatch, tracker):
     monkeypatch.setattr("stkit.train.processes.find_spec", lambda name: None)
-    with pytest.raises(StkitError, match=f"train.tracker={tracker}: it is not installed: pip install {tracker}, or use none"):
+    with pytest.raises(
+        StkitError, match=f"train.tracker={tracker}: it is not installed: pip install {tracker}, or use none"
+    ):
         sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK | {"train.tracker": tracker}, progress=False)
 
 
@@ -156,5 +180,14 @@ def test_a_tracker_gets_the_rows(bench, tmp_path, monkeypatch):
 def test_what_ran_is_in_the_folder(bench, tmp_path):
     run = open_run(sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK, progress=False).out)
     assert run.config["model"]["tree_attention"] == "cpu-flash" and run.config["shown"]["sampling"] == "uniform"
-    assert {"stage", "settings", "versions", "benchmark", "command", "platform", "threads", "processes"} <= run.config.keys()
+    assert {
+        "stage",
+        "settings",
+        "versions",
+        "benchmark",
+        "command",
+        "platform",
+        "threads",
+        "processes",
+    } <= run.config.keys()
     assert loop.LOGS[0] == "metrics.jsonl"

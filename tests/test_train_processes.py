@@ -24,7 +24,9 @@ def bench(tmp_path_factory):
 def launched(stage, bench, out, overrides):
     texts = [text for k, v in overrides.items() for text in ("--set", f"{k}={'null' if v is None else v}")]
     own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*LAUNCH, stage, str(bench), "--steps", "3", "--out", str(out), *texts], env=own, capture_output=True, text=True)
+    done = subprocess.run(
+        [*LAUNCH, stage, str(bench), "--steps", "3", "--out", str(out), *texts], env=own, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -46,7 +48,13 @@ def test_two_processes_run_sft_as_one_does(bench, tmp_path):
 
 
 def test_two_processes_run_grpo_on_recorded_rollouts_as_one_does(bench, tmp_path):
-    own = QUICK | {"data.tasks": ["direction"], "grpo.group": 4, "grpo.max_new_tokens": 6, "rewards.correct": 0, "rewards.format": 0}
+    own = QUICK | {
+        "data.tasks": ["direction"],
+        "grpo.group": 4,
+        "grpo.max_new_tokens": 6,
+        "rewards.correct": 0,
+        "rewards.format": 0,
+    }
     reward = tmp_path / "mine.py"
     reward.write_text("def parity(rollouts):\n    return [len(r.text) % 3 for r in rollouts]\n")
     own |= {f"rewards.{reward}:parity": 1.0}
@@ -55,7 +63,10 @@ def test_two_processes_run_grpo_on_recorded_rollouts_as_one_does(bench, tmp_path
     one = grpo(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
     launched("grpo", bench, tmp_path / "two", own)
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
-    ids = [[(row["step"], row["id"], row["reward"]) for row in lines(tmp_path / name / "rollouts.jsonl")] for name in ("one", "two")]
+    ids = [
+        [(row["step"], row["id"], row["reward"]) for row in lines(tmp_path / name / "rollouts.jsonl")]
+        for name in ("one", "two")
+    ]
     assert ids[0] == ids[1] and len({q.id for q in load_benchmark(bench).questions if q.task == "direction"}) == 6
 
 

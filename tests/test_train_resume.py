@@ -77,7 +77,9 @@ def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, rewar
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert metrics(out) == metrics(whole.out)
-    assert any("resumed_from_step" in row for row in lines(out / "metrics.jsonl")) and "resumed from step" in done.stderr
+    assert (
+        any("resumed_from_step" in row for row in lines(out / "metrics.jsonl")) and "resumed from step" in done.stderr
+    )
     if stage == "grpo":
         assert lines(out / "rollouts.jsonl") == lines(whole.out / "rollouts.jsonl")
     first, second = (load_model(p / "model").model.state_dict() for p in (whole.out, out))
@@ -85,7 +87,9 @@ def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, rewar
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("own", [{"lora.rank": 4, "train.tower": False}, {"train.optimizer": "adamw_8bit", "train.schedule": "linear"}])
+@pytest.mark.parametrize(
+    "own", [{"lora.rank": 4, "train.tower": False}, {"train.optimizer": "adamw_8bit", "train.schedule": "linear"}]
+)
 def test_lora_and_8_bit_optimisers_resume_to_the_bit_too(bench, tmp_path, monkeypatch, own):
     own = SFT | own
     whole = sft(bench, out=tmp_path / "whole", steps=4, overrides=own, progress=False)
@@ -113,7 +117,9 @@ def stop_at(monkeypatch, step):
 def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(bench, tmp_path):
     out = tmp_path / "run"
     own = SFT | {"train.save_every": 100}
-    code, told = run_until(lambda: (out / "metrics.jsonl").exists(), command("sft", bench, out, own, 200), signal.SIGINT)
+    code, told = run_until(
+        lambda: (out / "metrics.jsonl").exists(), command("sft", bench, out, own, 200), signal.SIGINT
+    )
     assert code == 130 and "stopping after this update" in told and "Traceback" not in told
     done = len(metrics(out))
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{done:06d}"]
@@ -144,14 +150,19 @@ def test_a_benchmark_that_changed_is_refused_and_named(tmp_path):
     bench = write_bench(tmp_path / "bench")
     sft(bench, out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
     edit_row(bench / "questions.jsonl", 0, question="Another one?")
-    with pytest.raises(StkitError, match=r"changed since the run in .* was started \(a-direction-forward\): choose another --out"):
+    with pytest.raises(
+        StkitError, match=r"changed since the run in .* was started \(a-direction-forward\): choose another --out"
+    ):
         sft(bench, out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
 
 
 def test_a_benchmark_without_its_videos_is_refused(tmp_path):
     bench = write_bench(tmp_path / "bench")
     (bench / "videos" / "b.mp4").unlink()
-    with pytest.raises(StkitError, match=r"1 of 3 clips have no file in videos/ \(first 'b.mp4'\).*nothing is learned without the video"):
+    with pytest.raises(
+        StkitError,
+        match=r"1 of 3 clips have no file in videos/ \(first 'b.mp4'\).*nothing is learned without the video",
+    ):
         sft(bench, out=tmp_path / "run", overrides=SFT, progress=False)
 
 
@@ -173,7 +184,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_questions
         return found._replace(log_probs=found.log_probs * float("nan")) if len(count) == 3 else found
 
     monkeypatch.setattr(sft_module, "tree_logps", poisoned)
-    with pytest.raises(StkitError, match=r"step 3 of 6: the loss is nan on question [abc]-.*\(the last checkpoint is .*step-000002\)"):
+    with pytest.raises(
+        StkitError, match=r"step 3 of 6: the loss is nan on question [abc]-.*\(the last checkpoint is .*step-000002\)"
+    ):
         sft(bench, out=tmp_path / "run", steps=6, overrides=own, progress=False)
     assert len(metrics(tmp_path / "run")) == 2
     monkeypatch.undo()
@@ -198,7 +211,9 @@ def test_when_memory_runs_out_half_as_much_is_computed_at_once_and_it_is_recorde
     assert [row.get("max_tokens") for row in rows] == [None, 150, 150]
     assert [r["loss"] for r in rows] == pytest.approx(whole.metrics["loss"].tolist(), rel=1e-5)
     calls.clear()
-    monkeypatch.setattr(sft_module, "tree_logps", lambda *a, **k: (_ for _ in ()).throw(OutOfMemory("out of memory: again")))
+    monkeypatch.setattr(
+        sft_module, "tree_logps", lambda *a, **k: (_ for _ in ()).throw(OutOfMemory("out of memory: again"))
+    )
     with pytest.raises(OutOfMemory, match="again"):
         sft(bench, out=tmp_path / "twice", steps=3, overrides=own, progress=False)
 
@@ -211,8 +226,15 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_one_before(bench, 
     arguments = command("sft", bench, out, own, 4)[3:]
     first = "import stkit.train.checkpoint as c; save = c.save\ndef limited(folder, step, *a):\n    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))\n    return save(folder, step, *a)\nc.save = limited"
     code = stop.replace("; {}; ", f"\n{first}\n")
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "checkpoint of step 4 was not written, earlier ones are whole" in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1 and "checkpoint of step 4 was not written, earlier ones are whole" in done.stderr, (
+        done.stderr
+    )
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     again = sft(bench, out=out, steps=4, overrides=own, progress=False)
@@ -223,7 +245,9 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_one_before(bench, 
 def test_an_adapter_from_another_base_is_refused(bench, tmp_path):
     lora = {"lora.rank": 2, "train.tower": False, "train.projector": False}
     run = sft(bench, out=tmp_path / "lora", steps=2, overrides=SFT | lora, progress=False)
-    (run.model / "adapter_config.json").write_text((run.model / "adapter_config.json").read_text().replace('"tiny"', '"Qwen/Other"'))
+    (run.model / "adapter_config.json").write_text(
+        (run.model / "adapter_config.json").read_text().replace('"tiny"', '"Qwen/Other"')
+    )
     with pytest.raises(StkitError, match="was made for Qwen/Other, not for tiny"):
         sft(bench, out=tmp_path / "run", steps=2, overrides=SFT | {"model.adapter": str(run.model)}, progress=False)
 

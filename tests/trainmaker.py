@@ -13,7 +13,10 @@ QUICK = {"data.split": None, "sft.form": "answer", "train.steps": 2, "data.tasks
 
 def metrics(out: Path) -> list[dict]:
     """The rows of metrics.jsonl without what can't be equal twice."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "resumed_from_step")} for row in lines(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "resumed_from_step")}
+        for row in lines(out / "metrics.jsonl")
+    ]
 
 
 def with_solutions(folder: Path) -> Path:

@@ -1,9 +1,9 @@
 """Answers to learn from as trees on their videos, and several trees packed up to a number of tokens.
 
-    lines = [Line(prompt.ids, answer_ids, weights, question.id)]
-    plants = plant(item, lines, max_tokens=8192)        # as a rule one tree for a clip
-    for forest in forests(plants, max_tokens=8192):
-        ...                                             # one forward and one backward pass each
+lines = [Line(prompt.ids, answer_ids, weights, question.id)]
+plants = plant(item, lines, max_tokens=8192)        # as a rule one tree for a clip
+for forest in forests(plants, max_tokens=8192):
+    ...                                             # one forward and one backward pass each
 """
 
 from collections.abc import Iterator, Sequence

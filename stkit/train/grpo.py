@@ -184,7 +184,11 @@ def _batch(job: Job, shots: list[Shot], kept: set, rounds: int) -> Batch:
     how = job.settings.grpo
     learned = [[g for k, g in enumerate(shot.groups) if (shot.item.place, k) in kept] for shot in shots]
     groups = [group for shot in shots for group in shot.groups]
-    facts: dict[str, float] = {"clips": len(shots), "groups": len(groups), "skipped_groups": sum(g.flat for g in groups)}
+    facts: dict[str, float] = {
+        "clips": len(shots),
+        "groups": len(groups),
+        "skipped_groups": sum(g.flat for g in groups),
+    }
     facts |= {"rollouts": 0, "reward": 0.0, "squares": 0.0, "length": 0, "finished": 0}
     for group in groups:
         facts["rollouts"] += len(group.rollouts)
@@ -196,7 +200,9 @@ def _batch(job: Job, shots: list[Shot], kept: set, rounds: int) -> Batch:
             facts[f"reward_{name}"] = facts.get(f"reward_{name}", 0.0) + value
             facts[f"count_{name}"] = facts.get(f"count_{name}", 0) + 1
     counted = groups if how.variant != "dapo" else [group for clip in learned for group in clip]
-    facts["divisor"] = normaliser(how.variant, [n for group in counted for n in group.learned()], how.max_new_tokens) * bool(counted)
+    facts["divisor"] = normaliser(
+        how.variant, [n for group in counted for n in group.learned()], how.max_new_tokens
+    ) * bool(counted)
     facts = job.processes.summed(facts)
     return Batch(shots, learned, facts | {"refills": rounds}, max(1.0, facts["divisor"]))
 
@@ -317,7 +323,9 @@ def _row(job: Job, batch: Batch, told: Mapping, update: int) -> dict:
     mean = facts["reward"] / max(1, facts["rollouts"])
     spread = max(0.0, facts["squares"] / max(1, facts["rollouts"]) - mean * mean) ** 0.5
     parts = {
-        name: facts[name] / facts[name.replace("reward_", "count_", 1)] for name in sorted(facts) if name.startswith("reward_")
+        name: facts[name] / facts[name.replace("reward_", "count_", 1)]
+        for name in sorted(facts)
+        if name.startswith("reward_")
     }
     return {
         "loss": told["loss"], "reward": mean, "kl": mean_of("kl"), "entropy": mean_of("entropy"), "lr": told["lr"],

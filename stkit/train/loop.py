@@ -64,7 +64,9 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: Settings)
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as error:
-            raise StkitError(f"train.optimizer=adamw_8bit: bitsandbytes cannot be used here ({error}): use adamw") from error
+            raise StkitError(
+                f"train.optimizer=adamw_8bit: bitsandbytes cannot be used here ({error}): use adamw"
+            ) from error
     return kind(groups, lr=train.lr, betas=train.betas)
 
 

@@ -1,10 +1,10 @@
 """The model that is trained, with what it is compared to: LoRA on a frozen base, or all weights beside a frozen copy.
 
-    policy = make_policy("tiny", settings, reference=True)
-    policy.trainable                       # the parameters that an optimiser gets
-    with policy.reference() as model:      # the adapter off, or the frozen copy
-        tree_logps(model, trees, videos, features)
-    policy.save(folder); policy.restore(folder)
+policy = make_policy("tiny", settings, reference=True)
+policy.trainable                       # the parameters that an optimiser gets
+with policy.reference() as model:      # the adapter off, or the frozen copy
+    tree_logps(model, trees, videos, features)
+policy.save(folder); policy.restore(folder)
 """
 
 import copy
@@ -131,7 +131,9 @@ def _merged(loaded: Loaded) -> Loaded:
 
 def _refuse_full(loaded: Loaded, settings: Settings) -> None:
     if loaded.record["four_bit"]:
-        raise BadUse("lora.rank=0 trains all weights, which 4-bit ones cannot be: set model.four_bit=false, or give a rank")
+        raise BadUse(
+            "lora.rank=0 trains all weights, which 4-bit ones cannot be: set model.four_bit=false, or give a rank"
+        )
     if loaded.record["dtype"] == "float16":
         raise BadUse("lora.rank=0 with float16 weights loses small steps: set model.dtype=float32 (or train LoRA)")
 
@@ -165,7 +167,11 @@ def _targets(model, settings: Settings) -> list[str]:
                 found.append(name)
         elif "language_model" in name and name.rpartition(".")[2] in wanted:
             found.append(name)
-    there = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "visual" not in name}
+    there = {
+        name.rpartition(".")[2]
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "visual" not in name
+    }
     if unknown := [t for t in wanted if t not in there]:
         raise BadUse(f"lora.targets has {unknown[0]!r}, this model has {', '.join(sorted(there - {'lm_head'}))}")
     return found

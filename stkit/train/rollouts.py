@@ -1,8 +1,8 @@
 """Rollouts of a clip: sampled from the policy or taken from a file, rewarded, and compared within their group.
 
-    groups = sample(job, item, seen, features, step=3)       # one group a question
-    score(groups, weights, functions, moments)               # fills in rewards
-    advantages(groups, "grpo")
+groups = sample(job, item, seen, features, step=3)       # one group a question
+score(groups, weights, functions, moments)               # fills in rewards
+advantages(groups, "grpo")
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,7 +106,10 @@ def said(loaded: Loaded, rollout: Rollout) -> str:
 
 
 def score(
-    groups: Sequence[Group], settings: GrpoSettings, weights: Mapping[str, float], functions: Mapping[str, Callable],
+    groups: Sequence[Group],
+    settings: GrpoSettings,
+    weights: Mapping[str, float],
+    functions: Mapping[str, Callable],
     moments=None,
 ) -> None:
     """Reward the rollouts of one clip (all of its questions together: some rewards compare them), and their advantages.
@@ -182,6 +185,8 @@ def rollout_of(row: Mapping, tokenizer, limit: int) -> Rollout:
         ids = encode_answer(tokenizer, row["text"])[: None if finished else -1][:limit]
     if log_probs is not None and len(log_probs) != len(ids):
         raise StkitError(f"rollout of {row['id']!r}: {len(log_probs)} log_probs for {len(ids)} ids: give one for each")
-    values = torch.full((len(ids),), float("nan")) if log_probs is None else torch.tensor(log_probs, dtype=torch.float32)
+    values = (
+        torch.full((len(ids),), float("nan")) if log_probs is None else torch.tensor(log_probs, dtype=torch.float32)
+    )
     forced = set(row.get("forced") or ())
     return Rollout(tuple(ids), values, tuple(k in forced for k in range(len(ids))), finished)

@@ -1,12 +1,12 @@
 """A training run's folder: started, refused where it is another's, and read back as tables.
 
-    RUN/config.yaml       stage, settings, model, versions, benchmark: complete; a folder with others is refused
-    RUN/files.json        SHA-256 of every question and video
-    RUN/metrics.jsonl     one row an update          RUN/rollouts.jsonl   one row a rollout
-    RUN/scores.jsonl      scores while training      RUN/checkpoints, RUN/best, RUN/adapter or RUN/model
+RUN/config.yaml       stage, settings, model, versions, benchmark: complete; a folder with others is refused
+RUN/files.json        SHA-256 of every question and video
+RUN/metrics.jsonl     one row an update          RUN/rollouts.jsonl   one row a rollout
+RUN/scores.jsonl      scores while training      RUN/checkpoints, RUN/best, RUN/adapter or RUN/model
 
-    run = open_run("runs/sft")
-    run.metrics.plot("step", "loss")
+run = open_run("runs/sft")
+run.metrics.plot("step", "loss")
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +52,9 @@ class Run:
         """The summary for a terminal."""
         told = self.summary()
         lines = [f"{told['stage']}: {told['steps']} steps are in {self.out}"]
-        lines += [f"  {n} {told[n]['first']:.3f} -> {told[n]['last']:.3f}" for n in ("loss", "reward", "kl") if n in told]
+        lines += [
+            f"  {n} {told[n]['first']:.3f} -> {told[n]['last']:.3f}" for n in ("loss", "reward", "kl") if n in told
+        ]
         if best := told.get("best"):
             lines.append(
                 f"  best score {best['accuracy']:.1%} at step {best['step']:.0f} ({best['low']:.1%} to {best['high']:.1%}; "
@@ -72,5 +74,7 @@ def open_run(out: str | Path) -> Run:
     if not (out / CONFIG).exists():
         raise StkitError(f"{out}: no {CONFIG} in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
     config = read_yaml(out / CONFIG)
-    tables = [pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl", cut=False)) for name in ("metrics", "rollouts", "scores")]
+    tables = [
+        pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl", cut=False)) for name in ("metrics", "rollouts", "scores")
+    ]
     return Run(out, config if isinstance(config, dict) else {}, *tables)

@@ -1,7 +1,7 @@
 """Scores of a held-out split while a model is training, with the blind score and the interval beside each.
 
-    scorer = Scorer(benchmark, settings, watcher, mode="generate")
-    row = scorer.score(policy, processes)      # accuracy, low, high, blind, chance, n, clusters
+scorer = Scorer(benchmark, settings, watcher, mode="generate")
+row = scorer.score(policy, processes)      # accuracy, low, high, blind, chance, n, clusters
 """
 
 import torch

@@ -47,7 +47,9 @@ class Served:
         """
         for question in item.questions:
             if found := CONTROL_TOKEN.search("\n".join([question.question, *question.options])):
-                raise StkitError(f"question {question.id!r} holds {found[0]}, which a server may take for a control token")
+                raise StkitError(
+                    f"question {question.id!r} holds {found[0]}, which a server may take for a control token"
+                )
         shown = self.interview.watch(self.benchmark.video_path(item.video), item.clip_id)
         messages = [asked_of(question, shown, style, think=True).messages for question in item.questions]
         wanted = [(q, k) for q in range(len(item.questions)) for k in range(self.how.group)]
@@ -60,7 +62,9 @@ class Served:
         try:
             replies = dict(in_threads(ask, wanted, self.how.concurrency))
         except NoAnswer as error:
-            raise StkitError(f"rollouts of clip {item.clip_id!r}: {error}: run the same command again when it is well") from error
+            raise StkitError(
+                f"rollouts of clip {item.clip_id!r}: {error}: run the same command again when it is well"
+            ) from error
         prompts = prompts_of(loaded, item, seen, style, limit)
         return [
             self._group(question, prompts[q], [replies[q, k] for k in range(self.how.group)], loaded, limit)
@@ -70,4 +74,6 @@ class Served:
     def _group(self, question: Question, prompt, replies: Sequence[Reply], loaded: Loaded, limit: int) -> Group:
         tokenizer = loaded.processor.tokenizer
         rows = [{"id": question.id, "text": reply.text, "finished": reply.finished} for reply in replies]
-        return Group(question, prompt, [rollout_of(row, tokenizer, limit) for row in rows], [row["text"] for row in rows])
+        return Group(
+            question, prompt, [rollout_of(row, tokenizer, limit) for row in rows], [row["text"] for row in rows]
+        )

@@ -204,7 +204,9 @@ def check_settings(settings: Settings, stage: str) -> None:
     if grpo.endpoint:
         Endpoint(grpo.endpoint, grpo.served)  # refuses a URL that holds a key, before it is written anywhere
     if grpo.recorded and grpo.endpoint:
-        raise BadUse(f"grpo.recorded={grpo.recorded!r} and grpo.endpoint={grpo.endpoint!r} both give rollouts: leave one out")
+        raise BadUse(
+            f"grpo.recorded={grpo.recorded!r} and grpo.endpoint={grpo.endpoint!r} both give rollouts: leave one out"
+        )
     if stage == "grpo" and not any(settings.rewards.values()):
         raise BadUse(f"rewards={settings.rewards}: every weight is 0, nothing would be learned: give one a weight")
 

@@ -1,7 +1,7 @@
 """What SFT and GRPO do before the first update: settings, data, model and folder, everything checked before it costs.
 
-    job = begin("sft", "runs/walks", "tiny", "tiny", out="runs/sft", overrides={"train.steps": 10})
-    job.course, job.watcher, job.policy, job.loop, job.cursor
+job = begin("sft", "runs/walks", "tiny", "tiny", out="runs/sft", overrides={"train.steps": 10})
+job.course, job.watcher, job.policy, job.loop, job.cursor
 """
 
 import math
@@ -137,7 +137,10 @@ def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
         found = plan(model[0].config, settings, stage)
     if found.peak > found.limit:  # whether a prompt fits into max_tokens is known when it is read
         check_plan(found)
-    print(f"memory: about {said(found.peak)} of {said(found.limit)} at the peak, {found.phase} ({found.assumed()})", file=sys.stderr)
+    print(
+        f"memory: about {said(found.peak)} of {said(found.limit)} at the peak, {found.phase} ({found.assumed()})",
+        file=sys.stderr,
+    )
     return found
 
 

@@ -1,9 +1,9 @@
 """What evaluation and training decide the same way: what of a video is shown, and whether a run's folder is theirs.
 
-    sampling = choose_sampling(benchmark.info, sampling=None, frames=8, fps=None)
-    pixels = choose_pixels(loaded.processor.video_processor.size, max_pixels=None)
-    files = fingerprint(benchmark, questions)
-    claim_run(out, {"settings": settings}, loaded.record, files, beside={})
+sampling = choose_sampling(benchmark.info, sampling=None, frames=8, fps=None)
+pixels = choose_pixels(loaded.processor.video_processor.size, max_pixels=None)
+files = fingerprint(benchmark, questions)
+claim_run(out, {"settings": settings}, loaded.record, files, beside={})
 """
 
 import hashlib

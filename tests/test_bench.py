@@ -31,6 +31,8 @@ def committed() -> dict:
 
 
 def judged(row: dict) -> bool:
+    if row["ratio"] is None:
+        return False
     sign, bound = row["goal"].split()
     return row["ratio"] >= float(bound) if sign == ">=" else row["ratio"] <= float(bound)
 
@@ -42,7 +44,9 @@ def test_rows_are_complete_and_goals_are_judged_by_their_ratio(request, which):
     for row in found["rows"]:
         assert KEYS <= set(row), row["name"]
         assert row["met"] == judged(row) and bool(row["reason"]) != row["met"]
-        if not row["name"].startswith("forward FLOPs"):
+        if row["peer"] is None:
+            assert row["ours"] is None and row["reason"].startswith("not installed: pip install")
+        elif not row["name"].startswith("forward FLOPs"):
             assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
 
 
@@ -59,11 +63,43 @@ def test_every_measure_of_the_table_has_its_goal(result):
         r"^reference log-probs, as published": ">= 10", r"^rollouts, G=": ">= 2.5", r"^evaluation, .* as published": ">= 12",
         r"^forward FLOPs": "<= 1.05", r"^cascade .* forward pass": ">= 2", r"^cascade .* both passes": ">= 2",
         r"^cascade .* worst of": ">= 1", r"^log-prob memory": ">= 10", r"^patchify": ">= 2",
+        r"^whole step, G=.* one question, as published": ">= 6", r"^whole step, .* questions of a clip, as": ">= 6",
+        r"^whole step, peak memory \(live.*as published": ">= 4", r"^whole step, peak memory \(res.*as published": ">= 4",
+        r"^whole step, G=.* one question, TRL[^a-z]*$": ">= 10", r"^whole step, G=.*, TRL.* without check": ">= 10",
+        r"^whole step, peak memory \(live.* TRL[^a-z]*$": ">= 4", r"^whole step, peak memory \(res.* TRL[^a-z]*$": ">= 4",
+        r"^whole step, peak memory \(live.* TRL.* without": ">= 4", r"^whole step, peak memory \(res.* TRL.* without": ">= 4",
     }  # fmt: skip
     for pattern, goal in wanted.items():
         assert [g for name, g in goals.items() if re.search(pattern, name)] == [goal], pattern
     lean = [row for row in result["rows"] if row["name"].endswith("lean")]
     assert len(lean) == 2 and all(row["goal"] == f">= {0.9 * row['flops_ratio']:.2f}" for row in lean)
+
+
+def test_every_side_of_the_whole_step_does_the_same_work(result):
+    """Or else their times would mean nothing: the same rollouts give the same update, and TRL sees every frame."""
+    rows = {row["name"]: row for row in result["rows"] if row["name"].startswith("whole step, G=3, 4 new tokens")}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        if row["peer"] is None:
+            continue
+        for side in ("peer", "ours"):
+            assert set(row[f"{side}_parts"]) == {"rollouts", "reference", "update"} and min(row[f"{side}_parts"].values()) > 0
+        if "TRL" in name:  # a toy's 4 frames of 56 x 84: 6 tokens an image; 9 of text and one that opens the turn
+            assert row["peer_prompt_tokens"] == 4 * (6 + 2) + 9 + 1
+        else:
+            assert row["max_abs_diff"] < 1e-6 and row["max_abs_diff_gradients"] < 1e-5
+
+
+def test_without_trl_its_rows_say_how_to_install_it(benchmarks, monkeypatch):
+    _, _, setting = benchmarks
+    import page
+    import whole
+
+    monkeypatch.setattr(whole.trl_side, "installed", lambda: False)
+    rows = whole.trl_rows("trl", Path("nowhere"), setting.SMALL, {}, None)
+    assert [row["unit"] for row in rows] == ["s", "MB", "MB"] and not any(row["met"] for row in rows)
+    lines = page.table(rows).splitlines()[2:]
+    assert len(lines) == 3 and all("not installed: pip install -e '.[bench]'" in line for line in lines)
 
 
 def test_the_committed_run_was_no_toy_and_every_goal_missed_is_explained():

@@ -2,13 +2,15 @@
 
     python kernels/benchmarks/bench.py --out runs/bench            # under 25 minutes on 2 cores
     python kernels/benchmarks/bench.py --out runs/bench --small    # the same path on a toy, in seconds
+    python kernels/benchmarks/bench.py --out runs/bench-step --only whole-step    # one part of it
 
 A row holds name, unit, peer, ours, ratio (peer / ours), goal, met, reason (of a goal not met), max_abs_diff (how far
-the two answers are apart) and the spread of both.
+the two answers are apart) and the spread of both; no numbers where the peer is not installed.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import measure
 import page
 import peers
 import torch
+import whole
 from setting import FULL, SMALL, Setting, Sizes, make_setting
 from stkit_kernels.logprob import selected_log_probs
 from stkit_kernels.memory import LiveStorages, peak_bytes
@@ -262,7 +265,10 @@ def patchify_rows(small: bool) -> list[dict]:
     return rows
 
 
-def every_row(sizes: Sizes, say: Callable) -> list[dict]:
+PARTS = ("patchify", "log-prob", "cascade", "FLOPs", "reference", "rollouts", "evaluation", "update", "whole-step")
+
+
+def every_row(sizes: Sizes, say: Callable, only: str | None = None) -> list[dict]:
     small = sizes == SMALL
     s, limits = make_setting(sizes), measure.machine_limits()
     say(f"this machine: {limits.gflops:.0f} GFLOP/s, {limits.gbytes:.0f} GB/s")
@@ -271,13 +277,17 @@ def every_row(sizes: Sizes, say: Callable) -> list[dict]:
         "cascade": lambda: attend.rows(small, timed, row), "FLOPs": lambda: [flops_row(s)],
         "reference": lambda: reference_rows(s, limits), "rollouts": lambda: rollout_rows(s, limits),
         "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s, limits),
+        "whole-step": lambda: whole.rows(sizes, timed, row),
     }  # fmt: skip
     found = []
-    for name, part in parts.items():
+    for name in PARTS if only is None else [only]:
         begin = time.monotonic()
-        new = part()
+        new = parts[name]()
         found += new
         for r in new:
+            if r["peer"] is None:
+                say(f"{r['name']}: {r['reason']}")
+                continue
             say(
                 f"{r['name']}: {r['peer']:.4g} -> {r['ours']:.4g} {r['unit']}, ratio {r['ratio']:.2f} (goal {r['goal']})"
             )
@@ -291,7 +301,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--small", action="store_true", help="a toy, to see that it runs: goals are not judged")
+    parser.add_argument("--only", choices=PARTS, help="one part of the table: the others are not measured or written")
     parser.add_argument("--resident", help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=whole.SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = SMALL if arguments.small else FULL
     if arguments.resident:
@@ -299,9 +312,13 @@ def main() -> None:
         call = getattr(peers, f"{arguments.resident}_log_probs")
         print(measure.peak_resident_mb(lambda: peers.update(s, call)))
         return
-    begin = time.monotonic()
-    rows = every_row(sizes, lambda text: print(text, flush=True))
+    if arguments.side:
+        print(json.dumps(whole.run_side(arguments.side, arguments.folder, sizes)))
+        return
+    begin, load = time.monotonic(), os.getloadavg()[0]
+    rows = every_row(sizes, lambda text: print(text, flush=True), arguments.only)
     result = {"rows": rows, "small": arguments.small, "seconds": round(time.monotonic() - begin), **page.origin()}
+    result["load_average"] = {"start": round(load, 2), "end": round(os.getloadavg()[0], 2)}
     write_json(arguments.out / "bench.json", result)
     page.write(arguments.out, json.loads((arguments.out / "bench.json").read_text()))
     print(f"\n{page.table(rows)}\n\nthe report is {arguments.out / 'report.html'}")

@@ -36,6 +36,11 @@ def alternate(peer: Callable, ours: Callable, repeats: int) -> tuple[Times, Time
     return tuple(Times(statistics.median(s), min(s), max(s)) for s in seconds)
 
 
+def times(call: Callable, repeats: int) -> list[float]:
+    """Seconds of each of some calls; warming up is the caller's."""
+    return [_seconds(call, 1) for _ in range(repeats)]
+
+
 def _seconds(call: Callable, each: int) -> float:
     if each > 1:  # collecting garbage put the threads to sleep
         call()
@@ -127,11 +132,21 @@ def resident_mb(name: str, small: bool) -> float:
 
 def peak_resident_mb(call: Callable) -> float:
     """Of a call in this process: the high-water mark of its memory above what it had before (Linux)."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # starts the mark anew
-    before = _status("VmRSS")
+    mark = ResidentMark()
     call()
-    return (_status("VmHWM") - before) / 1024
+    return mark.above()
+
+
+class ResidentMark:
+    """From when it is made: how far this process's memory rose above what it had, in MB."""
+
+    def __init__(self):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # starts the mark anew
+        self.before = _status("VmRSS")
+
+    def above(self) -> float:
+        return (_status("VmHWM") - self.before) / 1024
 
 
 def _status(name: str) -> int:

@@ -39,6 +39,8 @@ def _read(path: str) -> list[str]:
 def cells(row: dict) -> list[str]:
     """One row as texts."""
     spread = [f" [{row[k][0]:.3g}, {row[k][1]:.3g}]" if k in row else "" for k in ("peer_spread", "ours_spread")]
+    if row["peer"] is None:
+        return [row["name"], row["unit"], "", "", "", row["goal"], row["reason"], ""]
     met = "yes" if row["met"] else f"no: {row['reason']}"
     diff = "" if row["max_abs_diff"] is None else f"{row['max_abs_diff']:.1e}"
     both = [f"{row[k]:.4g}{s}" for k, s in zip(("peer", "ours"), spread)]
@@ -56,6 +58,9 @@ def write(out: Path, result: dict) -> None:
     notes = [f"command: {result['command']}", "machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items())]
     notes.append("versions: " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()))
     notes.append(f"seconds: {result['seconds']}; times are medians [least, most]; not run on a GPU")
+    if "load_average" in result:
+        load = result["load_average"]
+        notes.append(f"load average (1 minute): {load['start']} at the start, {load['end']} at the end")
     write_text(out / "bench.md", table(result["rows"]) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n")
     pictures = [ratios(out / "ratios.png", result["rows"])]
     pictures += [sweep(out / "sweep.png", r["sweep"]) for r in result["rows"] if "sweep" in r]
@@ -76,7 +81,7 @@ def as_page(title: str, rows: list[dict], notes: list[str], pictures: list[Path]
 
 def ratios(path: Path, rows: list[dict]) -> Path:
     """How many times better each measure is, its goal as a tick."""
-    shown = [r for r in rows if r["goal"].startswith(">=")]
+    shown = [r for r in rows if r["goal"].startswith(">=") and r["peer"] is not None]
     figure, ax = plt.subplots(figsize=(9, 0.42 * len(shown) + 1.2))
     ax.barh(range(len(shown)), [r["ratio"] for r in shown], color=["#4477AA" if r["met"] else "#CCBB44" for r in shown])
     for k, r in enumerate(shown):

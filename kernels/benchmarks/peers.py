@@ -6,7 +6,7 @@ Transformers can spare: the tower runs once and its output is repeated, logits a
 """
 
 import torch
-from setting import VIDEO, Setting
+from setting import END, IMAGE, START, VIDEO, Setting
 from transformers import GenerationConfig
 
 from stkit.vlm.ask import letter_log_probs
@@ -18,6 +18,7 @@ from stkit.vlm.tree import Tree
 from stkit.vlm.vision import encode_video
 
 LETTERS = (30, 31, 32, 33)
+SPECIAL = (IMAGE, VIDEO, START, END)
 
 
 def inputs_of(setting: Setting, ids: torch.Tensor, features=None) -> dict:
@@ -85,10 +86,13 @@ def reference(setting: Setting, log_probs) -> torch.Tensor:
 
 
 def published_rollouts(setting: Setting) -> torch.Tensor:
-    """``(G, C)`` by ``generate`` with ``num_return_sequences``, which expands the prompt before it is computed."""
+    """``(G, C)`` by ``generate`` with ``num_return_sequences``, which expands the prompt before it is computed.
+
+    A video token among the new ones would want frames of its own in the passes to come: none may be drawn.
+    """
     new = setting.sizes.new
     how = GenerationConfig(do_sample=True, num_return_sequences=setting.sizes.group, max_new_tokens=new, min_new_tokens=new,
-                           top_k=0, eos_token_id=2, pad_token_id=0)  # fmt: skip
+                           top_k=0, eos_token_id=2, pad_token_id=0, suppress_tokens=list(SPECIAL))  # fmt: skip
     ids = torch.tensor([setting.prompt])
     with torch.no_grad():
         out = setting.model.generate(**inputs_of(setting, ids), generation_config=how)

@@ -18,7 +18,8 @@ IMAGE, VIDEO, START, END = 10, 11, 12, 13
 
 @dataclass(frozen=True)
 class Sizes:
-    """frames of height x width pixels; a prompt's words of text; G rollouts of C new tokens; questions x rotations."""
+    """frames of height x width pixels; a prompt's words of text; G rollouts of C new tokens; questions x rotations; asked:
+    questions of a clip in one step of training."""
 
     frames: int = 8
     height: int = 224
@@ -35,11 +36,12 @@ class Sizes:
     layers: int = 8
     tower: int = 320
     repeats: int = 5
+    asked: int = 4
 
 
 FULL = Sizes()
 SMALL = Sizes(frames=4, height=56, width=84, text=9, group=3, new=4, questions=2, rotations=2, question=5, options=3,
-              vocabulary=300, hidden=64, layers=2, tower=40, repeats=1)  # fmt: skip
+              vocabulary=300, hidden=64, layers=2, tower=40, repeats=1, asked=2)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Setting:
         return config.hidden_size // config.num_attention_heads
 
 
-@cache
-def make_model(vocabulary: int, hidden: int, layers: int, tower: int):
-    """A Qwen2.5-VL with 8 heads of 64 (2 of keys and values) at the full size, and a LoRA that isn't zero."""
+LORA = {"r": 8, "lora_alpha": 8, "target_modules": r".*language_model.*\.(q|k|v|o)_proj"}
+
+
+def make_base(vocabulary: int, hidden: int, layers: int, tower: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL with 8 heads of 64 (2 of keys and values) at the full size, without a LoRA."""
     text = {
         "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers,
         "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": vocabulary,
@@ -85,7 +89,13 @@ def make_model(vocabulary: int, hidden: int, layers: int, tower: int):
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=r".*language_model.*\.(q|k|v|o)_proj"))
+    return model
+
+
+@cache
+def make_model(vocabulary: int, hidden: int, layers: int, tower: int):
+    """The same with a LoRA that isn't zero."""
+    model = get_peft_model(make_base(vocabulary, hidden, layers, tower), LoraConfig(**LORA))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -90,6 +90,12 @@ def config_names() -> list[str]:
     return sorted(path.name.removesuffix(".json") for path in _configs().glob("*.json"))
 
 
+def published(name: str) -> str | None:
+    """The config that ships for a published name, with or without "Qwen/" and "-Instruct"; None for other names."""
+    short = name.removeprefix("Qwen/")
+    return next((known for known in config_names() if known in (short, f"{short}-Instruct")), None)
+
+
 def _configs() -> Path:
     return Path(str(resources.files("stkit"))) / "data" / "configs"
 
@@ -98,7 +104,7 @@ def read_anatomy(model) -> tuple[Anatomy, str]:
     """What a model is made of, and where that was read.
 
     Args:
-        model: "tiny", a folder, a published name with or without "Qwen/", a name in the hub's cache, or a configuration
+        model: "tiny", a folder, a published name with or without "Qwen/" and "-Instruct", a name in the hub's cache, or a configuration
             of Transformers.
 
     Raises:
@@ -110,8 +116,8 @@ def read_anatomy(model) -> tuple[Anatomy, str]:
     if name == "tiny" or folder.is_dir():
         source = Source(name, tiny.folder() if name == "tiny" else folder)
         return anatomy_of(read_config(source)), str(source.folder / "config.json")
-    short = name.removeprefix("Qwen/")
-    if short not in config_names():
+    short = published(name)
+    if short is None:
         if cached := _cached(name):
             return anatomy_of(read_config(Source(name, cached.parent))), str(cached)
         raise StkitError(

@@ -90,8 +90,16 @@ class Plan:
             "model": self.model, "source": self.source, "stage": self.stage, "fits": self.fits,
             "parameters": self.request.anatomy.parameters, "four_bit": self.request.how.four_bit,
             "peak": round(self.peak), "limit": round(self.limit), "phase": self.phase, "parts": rounded[self.phase],
-            "phases": rounded, "chosen": self.chosen, "assumed": self.assumed(),
+            "phases": rounded, "chosen": self.chosen, "assumed": self.assumed(), "advice": self.advice(),
         }  # fmt: skip
+
+    def advice(self) -> str:
+        """What to change where the settings cannot run, "" where they can."""
+        try:
+            check_plan(self)
+        except StkitError as error:
+            return str(error)
+        return ""
 
     def text(self) -> str:
         """A table for a terminal."""
@@ -104,6 +112,7 @@ class Plan:
             f"peak {said(self.peak)} (in {self.phase}) of {said(self.limit)}: {verdict}",
             *([self.short] if self.short else [f"assumed: {self.assumed()}"]),
             f"chosen: {self.chosen['why'] if self.chosen else chosen}",
+            *([f"advice: {self.advice()}"] if self.advice() else ()),
         ])  # fmt: skip
 
     def _table(self) -> str:

@@ -19,7 +19,7 @@ from ..runtime import BadUse, StkitError
 from ..vlm.load import Loaded, find, result_of_run
 from ..vlm.sight import claim_run, fingerprint
 from ..vlm.vision import encode_video
-from .anatomy import config_names
+from .anatomy import published
 from .data import Course, Item, Seen, Watcher, load_pairs
 from .loop import Loop
 from .plan import Plan, check_plan, plan, said
@@ -131,7 +131,7 @@ def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
     """What the run will need of memory, said and refused where it cannot fit, before anything is loaded."""
     if isinstance(model, (str, Path)):
         model = result_of_run(str(model), settings.model.adapter)[0]
-        known = model == "tiny" or model.removeprefix("Qwen/") in config_names()
+        known = model == "tiny" or published(model)
         found = plan(model if known else find(model).folder, settings, stage)
     else:
         found = plan(model[0].config, settings, stage)

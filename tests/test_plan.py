@@ -155,7 +155,8 @@ def test_all_weights_with_a_reference_are_held_twice_and_states_once_more_each()
 
 
 def test_keys_and_values_are_those_of_a_prompt_once_and_of_each_rollout():
-    found = plan("tiny", load_settings("tiny", "grpo"), "grpo", video_tokens=100, text_tokens=20, questions=1)
+    own = load_settings("tiny", "grpo", {"grpo.max_new_tokens": 64})
+    found = plan("tiny", own, "grpo", video_tokens=100, text_tokens=20, questions=1)
     a_token = 4 * 2 * 2 * 32 * 4  # layers, keys and values, their heads, numbers of a head, bytes
     assert found.phases["rollouts"]["kv"] == a_token * (120 + 8 * 64)
 
@@ -221,7 +222,7 @@ def test_a_model_too_large_for_a_card_is_refused_with_what_was_tried():
 
 
 def test_fewer_tokens_than_a_prompt_with_its_group_are_refused():
-    keys = GPU | {"train.max_tokens": 2048, "train.checkpointing": True}
+    keys = GPU | {"train.max_tokens": 2048, "train.checkpointing": True, "grpo.max_new_tokens": 64}
     settings = load_settings("tiny", "grpo", keys)
     # 16 temporal patches of 360 * 420 // 28**2 tokens, 200 of text, 8 answers of 64
     refusal = f"max_tokens=2048 is less than the {16 * 192 + 200 + 8 * 64} tokens"

@@ -177,7 +177,7 @@ def test_the_released_training_rows_are_learned_as_they_stand(tmp_path):
     questions = load_benchmark(tmp_path / "bench").questions
     for k, video in enumerate(sorted({q.video for q in questions})):
         write_video(folder / video, k)
-    own = {"sft.form": "solution", "data.prompt": "published", "train.batch": told["clips"], "video.frames": 4}
+    own = {"sft.form": "solution", "data.prompt": "published", "train.batch": told["clips"], "video.frames": 4, "data.per_clip": None}
     run = sft(tmp_path / "bench", out=tmp_path / "run", steps=1, overrides=own, progress=False)
     tokenizer = load_model("tiny").processor.tokenizer
     assert run.metrics["questions"][0] == len(questions) == told["questions"]

@@ -38,7 +38,7 @@ def test_lists_none_and_no_are_read_as_meant():
 
 
 def test_a_reward_is_weighed_without_losing_the_others():
-    assert load_settings("tiny", "grpo", {"rewards.format": 0.5}).rewards == {"correct": 1.0, "format": 0.5}
+    assert load_settings("tiny", "grpo", {"rewards.format": 0.5}).rewards == {"correct": 1.0, "format": 0.5, "timeline": 0.5}
 
 
 def test_the_rewards_that_a_preset_names_are_all_it_has(tmp_path):
@@ -61,7 +61,7 @@ def test_a_misspelled_key_is_named_with_the_nearest_right_one(wrong, right):
     ("train.lr", 0), ("train.lr", math.nan), ("train.lr", "fast"), ("train.lr", True), ("train.steps", 0),
     ("train.batch", 1.5), ("train.warmup", 1.0), ("train.betas", [0.9]), ("train.betas", [0.9, 1.0]), ("lora.rank", -1),
     ("lora.dropout", 0.1), ("train.schedule", "sine"), ("train.optimizer", "sgd"), ("model.four_bit", "yes"),
-    ("grpo.variant", "ppo"), ("grpo.kl", "k4"), ("grpo.clip_low", 1.0), ("grpo.overlong", 64), ("grpo.think_budget", 64),
+    ("grpo.variant", "ppo"), ("grpo.kl", "k4"), ("grpo.clip_low", 1.0), ("grpo.overlong", 160), ("grpo.think_budget", 160),
     ("grpo.think_budget", -1), ("video.frames", 3), ("video.fps", 0), ("video.max_pixels", 0), ("video.reader", "ffmpeg"),
     ("video.sampling", "random"), ("data.prompt", "mine"), ("data.tasks", []), ("data.tasks", ["walk"]),
     ("data.split", "valid"), ("sft.form", "poem"), ("rewards.correct", math.inf), ("train.tracker", "mlflow"),
@@ -85,7 +85,7 @@ def test_a_group_of_one_is_refused_where_groups_matter():
 
 def test_rewards_of_no_weight_are_refused():
     with pytest.raises(BadUse, match="every weight is 0"):
-        load_settings("tiny", "grpo", {"rewards": {"correct": 0, "format": 0}})
+        load_settings("tiny", "grpo", {"rewards": {"correct": 0, "format": 0, "timeline": 0}})
 
 
 def test_an_unknown_preset_or_file_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..bench.schema import Benchmark, load_benchmark
 from ..runs import append_jsonl, explain, refuse_other
 from ..runtime import BadUse, StkitError
 from ..vlm.load import Loaded, find, result_of_run
-from ..vlm.sight import claim_run, fingerprint
+from ..vlm.sight import choose_pixels, claim_run, fingerprint
 from ..vlm.vision import encode_video
 from .anatomy import published
 from .data import Course, Item, Seen, Watcher, load_pairs
@@ -134,7 +134,8 @@ def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
         known = model == "tiny" or published(model)
         found = plan(model if known else find(model).folder, settings, stage)
     else:
-        found = plan(model[0].config, settings, stage)
+        pixels = choose_pixels(model[1].video_processor.size, settings.video.max_pixels)["max_pixels"]
+        found = plan(model[0].config, replace(settings, video=replace(settings.video, max_pixels=pixels)), stage)
     if found.peak > found.limit:  # whether a prompt fits into max_tokens is known when it is read
         check_plan(found)
     print(

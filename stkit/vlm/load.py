@@ -9,6 +9,7 @@ Only safetensors are read; no remote code, nothing unpickled.
     'qwen2_5_vl'
 """
 
+import os
 import re
 import sys
 import warnings
@@ -321,7 +322,10 @@ def summary(record: dict) -> str:
         parts.append(f"adapter {record['adapter']}")
     if record["untrained"]:
         parts.append("untrained weights: expect chance")
-    return f"model {record['name']} ({record['family']}): " + ", ".join(parts)
+    name = record["name"]
+    if os.path.isabs(name) and Path(name).is_relative_to(Path.cwd()):
+        name = os.path.relpath(name)
+    return f"model {name} ({record['family']}): " + ", ".join(parts)
 
 
 @contextmanager

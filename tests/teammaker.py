@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["stkit.evaluation", "torch.distributed"])
+CONTEXT.set_forkserver_preload(["stkit.evaluation", "stkit.train.grpo", "torch.distributed.fsdp", "torch._dynamo"])
 
 
 def free_port() -> int:

@@ -67,8 +67,10 @@ class Policy:
                 yield self.model
 
     def whole(self, tower_only: bool = False):
-        """A context in which this process has all weights, or those of the tower; every process must enter it."""
-        return whole(self.model, tower_only) if self.sharded else nullcontext()
+        """A context in which this process has all weights, or those of a tower that doesn't learn, and waits for no
+        other; every process must enter it."""
+        here = self.sharded and not (tower_only and self.tower)
+        return whole(self.model, tower_only) if here else nullcontext()
 
     def writer(self) -> Callable[[Path], None]:
         """What one process writes the weights of this moment with; every process must ask for it."""

@@ -131,9 +131,10 @@ def test_with_lora_sharded_processes_draw_and_learn_and_score_as_one_does(bench,
     one = grpo(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
     assert_team(run_team(tmp_path / "team", train, "grpo", bench, tmp_path / "two", own))
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
-    ids = [[(row["id"], row["ids"]) for row in lines(folder / "rollouts.jsonl")] for folder in (one.out, tmp_path / "two")]
-    assert ids[0] == ids[1] and lines(one.out / "scores.jsonl") == lines(tmp_path / "two" / "scores.jsonl")
-    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one.out, tmp_path / "two")]
+    both = one.out, tmp_path / "two"
+    ids = [[(row["id"], row["ids"]) for row in lines(folder / "rollouts.jsonl")] for folder in both]
+    assert ids[0] == ids[1] and lines(both[0] / "scores.jsonl") == lines(both[1] / "scores.jsonl")
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in both]
     assert adapters[0].keys() == adapters[1].keys()
     for name, value in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], value, rtol=1e-3, atol=1e-4)

@@ -186,7 +186,8 @@ class Loop:
                 if not torch.isfinite(loss):
                     raise StkitError(f"the loss is {float(loss.detach())} on {_names(forest)}")
                 self.scaler.scale(loss).backward()
-            sums = {"loss": float(loss.detach()), "tokens": sum(p.tokens for p in forest), "pieces": bool(forest)} | sums
+            size = sum(p.tokens for p in forest)
+            sums = {"loss": float(loss.detach()), "tokens": size, "pieces": bool(forest)} | sums
             for name, value in sums.items():
                 told[name] = told.get(name, 0) + value
         told = self.processes.summed(told)
@@ -197,8 +198,8 @@ class Loop:
         return told
 
     def _pieces(self, plants: Sequence[Plant]) -> list[list[Plant]]:
-        """What is computed at once. With sharded weights every process has as many, if need be empty ones, and where the
-        tower learns each has one video, as the tower runs once for each."""
+        """What is computed at once. With sharded weights every process has as many, if need be empty ones, and each has
+        one video where the tower learns, as that runs once for each."""
         if not self.policy.sharded:
             return list(forests(plants, self.max_tokens))
         found = [[one] for one in plants] if self.policy.tower else list(forests(plants, self.max_tokens))

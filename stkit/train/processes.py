@@ -1,8 +1,8 @@
 """The processes that train one model together, through Accelerate: ``accelerate launch -m stkit sft ...``.
 
 Each computes every n-th clip of an update; gradients and numbers are summed, so that the result is that of one process
-up to rounding. Accelerate wraps no module: a prefix tree runs Transformers' forward pass on views of the modules, which a
-wrapper would not see. Under FSDP the weights are sharded by :mod:`stkit.train.sharding`.
+up to rounding. Accelerate wraps no module: a prefix tree runs Transformers' forward pass on views of the modules, which
+a wrapper would not see. Under FSDP the weights are sharded by :mod:`stkit.train.sharding`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ from .sharding import sharding_asked
 
 
 class Processes:
-    """This process among ``count``. ``first``: the one that writes and prints. ``sharded``: each keeps a part of the model.
+    """This process among ``count``. ``first``: the one that writes and prints. ``sharded``: each has its part of the
+    model.
 
     Args:
         settings: train.tracker, model.device.

@@ -8,8 +8,8 @@
     write(gathered(model.state_dict()))        # as in one process, in process 0
 
 A process waits in every layer for the others, so all compute equally many pieces (:func:`idle_loss` fills up) and what
-they do at their own pace stands within :func:`whole`. The head and the embeddings, which are used without a forward pass
-of their own, stay whole from the start of a piece to the end of its backward pass.
+they do at their own pace stands within :func:`whole`. The head and the embeddings stay whole from the start of a piece
+to the end of its backward pass, as the head has no forward pass of its own.
 """
 
 import math
@@ -37,8 +37,8 @@ def sharding_asked() -> bool:
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise StkitError(
-            "distributed_type DEEPSPEED: this loop shards nothing under it: launch with stkit/train/accelerate/fsdp.yaml, "
-            "which shards weights, gradients and the optimiser's states"
+            "distributed_type DEEPSPEED: this loop shards nothing under it: launch with "
+            "stkit/train/accelerate/fsdp.yaml, which shards weights, gradients and the optimiser's states"
         )
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
@@ -98,8 +98,8 @@ def whole(model, tower_only: bool = False) -> Iterator[None]:
 
 
 def gathered(value):
-    """Sharded tensors within dictionaries and lists made whole, on the CPU of process 0 (in the others None stands there).
-    Every process must call it."""
+    """Sharded tensors within dictionaries and lists made whole, on the CPU of process 0 (None stands there in the
+    others). Every process must call it."""
     from torch.distributed.tensor import DTensor
 
     made: dict[int, torch.Tensor | None] = {}  # one tensor under two names stays one

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["stkit.evaluation", "torch.distributed"])
+PRELOADED = ["stkit.evaluation", "stkit.train.grpo", "torch.distributed.fsdp", "torch._dynamo", "peft"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def free_port() -> int:

@@ -123,7 +123,8 @@ def draw(job: Job, functions: Mapping[str, Reward], source: Recorded | Served | 
     how, step = job.settings.grpo, job.loop.step + 1
     if isinstance(source, Recorded):
         items = job.processes.share(source.clips(step, job.course.questions))
-        shots, rounds = [_shoot(job, item, functions, step, source) for item in items], 0
+        with job.policy.whole(tower_only=True):
+            shots, rounds = [_shoot(job, item, functions, step, source) for item in items], 0
     else:
         shots = _next(job, functions, step, source)
         rounds, wanted = 0, int(job.processes.summed({"groups": sum(len(shot.groups) for shot in shots)})["groups"])
@@ -146,7 +147,8 @@ def _next(job: Job, functions, step: int, source: Served | None) -> list[Shot]:
     """This process's share of the next clips, with rollouts."""
     items = job.items(job.cursor, job.clips)
     job.cursor += job.clips
-    return [_shoot(job, item, functions, step, source) for item in items]
+    with job.policy.whole():
+        return [_shoot(job, item, functions, step, source) for item in items]
 
 
 def _shoot(job: Job, item: Item, functions, step: int, source: Recorded | Served | None) -> Shot:
@@ -293,13 +295,16 @@ def loss_on(job: Job, batch: Batch, lined, forest: Sequence[Plant]) -> tuple[tor
 def _fill_old(job: Job, batch: Batch, lined, plants: Sequence[Plant]) -> None:
     """For recorded rollouts whose log-probs are not known: the policy's own before the update."""
     missing = [one for one in plants if any(g.rollouts[k].log_probs.isnan().any() for g, k in lined[one.clip][1])]
-    for one in missing:
-        with torch.no_grad(), job.loop.autocast():
-            found = _forward(job, batch, [one], job.policy.model)
-        pieces, known, _ = _rows(batch, lined, [one], found.packed, found.log_probs.device)
-        for piece, (group, k) in zip(pieces, known):
-            if group.rollouts[k].log_probs.isnan().any():
-                group.rollouts[k] = group.rollouts[k]._replace(log_probs=found.log_probs[piece].float().cpu())
+    if not (job.processes.any(bool(missing)) if job.policy.sharded else missing):
+        return
+    with job.policy.whole():
+        for one in missing:
+            with torch.no_grad(), job.loop.autocast():
+                found = _forward(job, batch, [one], job.policy.model)
+            pieces, known, _ = _rows(batch, lined, [one], found.packed, found.log_probs.device)
+            for piece, (group, k) in zip(pieces, known):
+                if group.rollouts[k].log_probs.isnan().any():
+                    group.rollouts[k] = group.rollouts[k]._replace(log_probs=found.log_probs[piece].float().cpu())
 
 
 def _refuse_far(job: Job, sums: Mapping) -> None:

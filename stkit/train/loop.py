@@ -29,6 +29,7 @@ from .forest import Plant, forests
 from .policy import Policy, replace_folder, save_final
 from .processes import Processes
 from .settings import Settings
+from .sharding import gathered, idle_loss, spread
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "scores.jsonl")
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,7 +114,8 @@ class Loop:
             state = checkpoint.read_state(found)
             self.policy.restore(found / "weights")
             kept = checkpoint.load_tensors(found / "optimizer.pt")
-            self.optimizer.load_state_dict(kept["optimizer"])
+            state_of = kept["optimizer"]
+            self.optimizer.load_state_dict(spread(state_of, self.optimizer) if self.policy.sharded else state_of)
             self.scaler.load_state_dict(kept["scaler"])
             checkpoint.restore_generators(checkpoint.load_tensors(found / "generators.pt"))
             self.step = self.saved = state["step"]
@@ -139,7 +141,8 @@ class Loop:
         """The precision of a forward pass."""
         if self.precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, FLOATS[self.precision])
+        # its cache would keep a copy of every weight that was gathered
+        return torch.autocast(self.device.type, FLOATS[self.precision], cache_enabled=not self.policy.sharded)
 
     def learn(
         self, plants: Callable[[int], Sequence[Plant]], loss_of: Callable[[list[Plant]], tuple],
@@ -178,14 +181,15 @@ class Loop:
 
     def _learn(self, plants: Sequence[Plant], loss_of: Callable, check: Callable | None) -> dict:
         told: dict[str, float] = {"loss": 0.0, "tokens": 0, "pieces": 0}
-        for forest in forests(plants, self.max_tokens):
+        for forest in self._pieces(plants):
             with explain_memory(f"a piece of {sum(p.tokens for p in forest)} tokens", "lower train.max_tokens"):
                 with self.autocast():
-                    loss, sums = loss_of(forest)
+                    loss, sums = loss_of(forest) if forest else (idle_loss(self.policy, self.policy.compared), {})
                 if not torch.isfinite(loss):
                     raise StkitError(f"the loss is {float(loss.detach())} on {_names(forest)}")
                 self.scaler.scale(loss).backward()
-            sums = {"loss": float(loss.detach()), "tokens": sum(p.tokens for p in forest), "pieces": 1} | sums
+            size = sum(p.tokens for p in forest)
+            sums = {"loss": float(loss.detach()), "tokens": size, "pieces": bool(forest)} | sums
             for name, value in sums.items():
                 told[name] = told.get(name, 0) + value
         told = self.processes.summed(told)
@@ -194,6 +198,15 @@ class Loop:
         told["lr"] = self.set_rate()
         told["grad_norm"] = self._advance() if told["pieces"] else 0.0
         return told
+
+    def _pieces(self, plants: Sequence[Plant]) -> list[list[Plant]]:
+        """What is computed at once. With sharded weights every process has as many, if need be empty ones, and each has
+        one video where the tower learns, as that runs once for each."""
+        if not self.policy.sharded:
+            return list(forests(plants, self.max_tokens))
+        found = [[one] for one in plants] if self.policy.tower else list(forests(plants, self.max_tokens))
+        most = max(self.processes.gathered([len(found)]))
+        return found + [[] for _ in range(most - len(found))]
 
     def set_rate(self) -> float:
         """The learning rate of the next update, a function of its number alone."""
@@ -205,9 +218,11 @@ class Loop:
 
     def _advance(self) -> float:
         """The optimiser's step, from the gradients of all processes; returns their norm before it was clipped."""
-        self.processes.sum_gradients(self.parameters)
+        if not self.policy.sharded:  # else they were summed layer by layer
+            self.processes.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.train.clip_norm))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.train.clip_norm)
+        norm = float(norm.full_tensor() if self.policy.sharded else norm)
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise StkitError(f"the gradient's norm is {norm}")
         self.scaler.step(self.optimizer)
@@ -236,12 +251,14 @@ class Loop:
 
     def save(self, cursor: int) -> None:
         """A checkpoint of this moment."""
+        write, optimizer = self.policy.writer(), self.optimizer.state_dict()
+        optimizer = gathered(optimizer) if self.policy.sharded else optimizer
         if self.processes.first:
-            kept = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            kept = {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
             tensors = {"optimizer": kept, "generators": checkpoint.generators()}
             state = {"cursor": cursor, "max_tokens": self.max_tokens, "halved": self.halved, "state": self.state}
             folder, keep = self.out / "checkpoints", self.settings.train.keep
-            checkpoint.save(folder, self.step, self.policy.save, tensors, state, keep)
+            checkpoint.save(folder, self.step, write, tensors, state, keep)
         self.saved = self.step
         self.processes.wait()
 
@@ -259,16 +276,18 @@ class Loop:
         best = self.state["best"]
         if not math.isfinite(accuracy) or (best is not None and accuracy <= best["accuracy"]):
             return False
+        write = self.policy.writer()
         if self.processes.first:
-            replace_folder(self.out / "best", self.policy.save)
+            replace_folder(self.out / "best", write)
         self.state["best"] = {"step": self.step, "accuracy": accuracy}
         return True
 
     def finish(self) -> None:
         """Write the end result."""
         self.bar.close()
+        write = self.policy.writer()
         if self.processes.first:
-            save_final(self.policy, self.out)
+            save_final(self.policy, self.out, write)
         self.processes.wait()
 
     @contextlib.contextmanager

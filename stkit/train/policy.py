@@ -10,19 +10,21 @@ policy.save(folder); policy.restore(folder)
 import copy
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from stkit_kernels.backends import choose_backend
 from torch import nn
 
-from ..runtime import BadUse, StkitError
-from ..vlm.load import Loaded, load_model, quiet
+from ..runtime import BadUse, StkitError, pick_dtype
+from ..vlm.load import FAMILIES, Loaded, head_size, load_model, quiet
 from ..vlm.views import base_model
 from .settings import Settings
+from .sharding import check_shardable, fill, gathered, shard, whole
 
 
 @dataclass
@@ -31,13 +33,16 @@ class Policy:
 
     loaded: the model that learns (a peft model with LoRA), its processor and the record of what was loaded. frozen: a
     copy of the model as it was, None with LoRA or without a reference. lora: whether an adapter is trained. tower:
-    whether the features of a video change while training.
+    whether the features of a video change while training. compared: whether there is a reference. sharded: whether each
+    process has a part of every weight only.
     """
 
     loaded: Loaded
     frozen: Any
     lora: bool
     tower: bool
+    compared: bool = False
+    sharded: bool = False
 
     @property
     def model(self):
@@ -61,10 +66,28 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.model
 
-    def save(self, folder: Path) -> None:
-        """Write what was learned: the adapter, or a whole model folder that Transformers loads."""
+    def whole(self, tower_only: bool = False):
+        """A context in which this process has all weights, or those of a tower that doesn't learn, and waits for no
+        other; every process must enter it."""
+        here = self.sharded and not (tower_only and self.tower)
+        return whole(self.model, tower_only) if here else nullcontext()
+
+    def writer(self) -> Callable[[Path], None]:
+        """What one process writes the weights of this moment with; every process must ask for it."""
+        if not self.sharded:
+            return self.save
+        state = self.model.state_dict(keep_vars=True)
+        found = gathered({name: v for name, v in state.items() if v.requires_grad or not self.lora})
+        return lambda folder: self.save(folder, found)
+
+    def save(self, folder: Path, state: dict | None = None) -> None:
+        """Write what was learned: the adapter, or a whole model folder that Transformers loads.
+
+        Args:
+            state: whole weights by name, where the model's own are sharded.
+        """
         with quiet(progress=False):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state)
         if self.lora:
             for extra in folder.glob("README.md"):  # peft's empty model card
                 extra.unlink()
@@ -74,17 +97,26 @@ class Policy:
     def restore(self, folder: Path) -> None:
         """Take the weights that :meth:`save` wrote, bit for bit."""
         if self.lora:
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
             from safetensors.torch import load_file
 
+            if self.sharded:
+                fill(get_peft_model_state_dict(self.model), load_file(folder / "adapter_model.safetensors"))
+                return
             set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
             return
         with quiet(progress=False):
-            saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
-        self.model.load_state_dict(saved.state_dict())
+            kind = FAMILIES[self.loaded.record["family"]][0]
+            saved = kind.from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
+        if self.sharded:
+            fill(self.model.state_dict(), saved.state_dict())
+        else:
+            self.model.load_state_dict(saved.state_dict())
 
 
-def make_policy(model: str | Path | Loaded, settings: Settings, reference: bool, device: str | None = None) -> Policy:
+def make_policy(
+    model: str | Path | Loaded, settings: Settings, reference: bool, device: str | None = None, shards: int = 1
+) -> Policy:
     """Load a model and make it ready to learn.
 
     Args:
@@ -92,11 +124,12 @@ def make_policy(model: str | Path | Loaded, settings: Settings, reference: bool,
         settings: model, lora, and train.tower, projector, checkpointing, precision.
         reference: keep what the KL needs.
         device: in place of settings.model.device, for one of several processes.
+        shards: processes that the weights are shared out over; 1: each has them all.
 
     Raises:
         StkitError: the model cannot be loaded, or cannot be trained as asked.
     """
-    loaded = _loaded(model, settings, device)
+    loaded = _loaded(model, settings, device, shards > 1)
     if loaded.record["adapter"] is not None:
         loaded = _merged(loaded)
     lora = settings.lora.rank > 0
@@ -109,13 +142,27 @@ def make_policy(model: str | Path | Loaded, settings: Settings, reference: bool,
     if settings.train.checkpointing:
         base_model(net).gradient_checkpointing_enable({"use_reentrant": False})
     net.train()  # nothing drops out (that is refused); checkpoints are only taken in this mode
-    return Policy(Loaded(net, loaded.processor, loaded.record), frozen, lora, _tower_learns(net))
+    tower = _tower_learns(net)
+    for one in (net, frozen) if shards > 1 else ():
+        if one is not None:
+            shard(one, device, shards)
+    return Policy(Loaded(net, loaded.processor, loaded.record), frozen, lora, tower, reference, shards > 1)
 
 
-def _loaded(model, settings: Settings, device: str | None) -> Loaded:
+def _loaded(model, settings: Settings, device: str | None, sharded: bool) -> Loaded:
+    wanted = asdict(settings.model) | ({"device": device} if device else {})
     if not isinstance(model, (str, Path)):
-        return Loaded(*model)
-    return load_model(model, **asdict(settings.model) | ({"device": device} if device else {}))
+        found = Loaded(*model)
+        if sharded:
+            check_shardable(settings, found.record["four_bit"])
+        return found
+    if not sharded:
+        return load_model(model, **wanted)
+    check_shardable(settings, False)
+    dtype = str(pick_dtype(wanted["dtype"], device)[0]).removeprefix("torch.")
+    found = load_model(model, **wanted | {"device": "cpu", "dtype": dtype})  # whole it may not fit on its device
+    tree = choose_backend(torch.device(device), found.model.dtype, head_size(found.model.config)).name
+    return found._replace(record=found.record | {"device": device, "tree_attention": tree})
 
 
 def _merged(loaded: Loaded) -> Loaded:
@@ -190,10 +237,10 @@ def _tower_learns(net) -> bool:
     return any(p.requires_grad for name, p in net.named_parameters() if "visual" in name)
 
 
-def save_final(policy: Policy, out: Path) -> Path:
+def save_final(policy: Policy, out: Path, write: Callable[[Path], None]) -> Path:
     """Write RUN/adapter or RUN/model, whole or not at all."""
     target = out / ("adapter" if policy.lora else "model")
-    return replace_folder(target, policy.save)
+    return replace_folder(target, write)
 
 
 def replace_folder(target: Path, write) -> Path:

@@ -1,8 +1,8 @@
 """The processes that train one model together, through Accelerate: ``accelerate launch -m stkit sft ...``.
 
 Each computes every n-th clip of an update; gradients and numbers are summed, so that the result is that of one process
-up to rounding. No module is wrapped: a prefix tree runs Transformers' forward pass on views of the modules, which a
-wrapper's hooks would not see.
+up to rounding. Accelerate wraps no module: a prefix tree runs Transformers' forward pass on views of the modules, which
+a wrapper would not see. Under FSDP the weights are sharded by :mod:`stkit.train.sharding`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,12 @@ from accelerate.utils import gather_object
 from ..runtime import StkitError
 from ..vlm.processes import launched
 from .settings import Settings
+from .sharding import sharding_asked
 
 
 class Processes:
-    """This process among ``count``. ``first``: the one that writes and prints.
+    """This process among ``count``. ``first``: the one that writes and prints. ``sharded``: each has its part of the
+    model.
 
     Args:
         settings: train.tracker, model.device.
@@ -31,9 +33,11 @@ class Processes:
         cpu = settings.model.device == "cpu" or (launched() and not torch.cuda.is_available())  # else it sees one only
         if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without it
             raise StkitError(f"train.tracker={tracker}: it is not installed: pip install {tracker}, or use none")
+        sharded = sharding_asked()
         self.accelerator = Accelerator(cpu=cpu, log_with=None if tracker == "none" else tracker, project_dir=str(out))
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.first = self.rank == 0
+        self.sharded = sharded and self.count > 1
         if tracker != "none":
             plain = {k: v for k, v in (config or {}).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("stkit", plain)

@@ -57,7 +57,7 @@ class Scorer:
         for question in self.questions:
             clips.setdefault(question.video, []).append(question)
         rows = []
-        with torch.no_grad():
+        with torch.no_grad(), policy.whole():
             for video, questions in processes.share(list(clips.items())):
                 shown = interview.watch(self.benchmark.video_path(video), questions[0].clip_id)
                 said = interview.ask(questions, shown)

@@ -71,7 +71,8 @@ def _update(job: Job) -> None:
     items = job.items(job.cursor, job.clips)
     seen = [job.watcher.watch(item) for item in items]
     lines = [examples(job.benchmark, item, shown, job) for item, shown in zip(items, seen)]
-    features = [job.features(shown) for shown in seen]
+    with job.policy.whole(tower_only=True):
+        features = [job.features(shown) for shown in seen]
     counts = job.processes.summed({"learned": sum(sum(line.weight) for clip in lines for line in clip),
                                    "questions": sum(map(len, lines))})  # fmt: skip
 

@@ -94,8 +94,9 @@ def begin(
             f"{processes.count} processes share {settings.train.batch * settings.train.accumulation} clips of an update: raise "
             f"train.batch to {processes.count} or more"
         )
-    needs = _needs(model, settings, stage)
-    policy = make_policy(model, settings, reference=stage == "grpo" and settings.grpo.beta > 0, device=processes.device)
+    needs = _needs(model, settings, stage, processes)
+    policy = make_policy(model, settings, reference=stage == "grpo" and settings.grpo.beta > 0, device=processes.device,
+                         shards=processes.count if processes.sharded else 1)  # fmt: skip
     watcher = Watcher(benchmark, settings.video, policy.loaded.processor)
     scorer = None
     if settings.train.eval_every:
@@ -127,7 +128,7 @@ def _benchmark(bench: str | Path, overrides: dict) -> tuple[Benchmark, dict]:
     return pairs, {"data.prompt": "plain", "sft.form": "solution"} | overrides
 
 
-def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
+def _needs(model: str | Path | Loaded, settings: Settings, stage: str, processes: Processes) -> Plan:
     """What the run will need of memory, said and refused where it cannot fit, before anything is loaded."""
     if isinstance(model, (str, Path)):
         model = result_of_run(str(model), settings.model.adapter)[0]
@@ -136,6 +137,9 @@ def _needs(model: str | Path | Loaded, settings: Settings, stage: str) -> Plan:
     else:
         pixels = choose_pixels(model[1].video_processor.size, settings.video.max_pixels)["max_pixels"]
         found = plan(model[0].config, replace(settings, video=replace(settings.video, max_pixels=pixels)), stage)
+    if processes.sharded:  # not planned for: how much is whole at a time depends on the phase
+        print(f"memory: {processes.count} processes share what one would need {said(found.peak)} for", file=sys.stderr)
+        return found
     if found.peak > found.limit:  # whether a prompt fits into max_tokens is known when it is read
         check_plan(found)
     print(

@@ -202,6 +202,8 @@ def memory_explained(packed: Packed):
 def _where_not_finite(language, inputs: dict, tree, packed: Packed) -> str:
     """Run once more without a graph and find the first part of the model whose output isn't finite."""
     found: list[tuple[str, int]] = []
+    if hasattr(language.norm.weight, "full_tensor"):  # other processes would have to compute it once more too
+        return "a hidden state is not finite: train in one process to see where it began (weights are sharded here)"
 
     def look(name, module, _, output):
         rows = (output[0] if isinstance(output, tuple) else output).detach()

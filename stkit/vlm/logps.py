@@ -107,7 +107,7 @@ def head_weight(model) -> torch.Tensor:
         StkitError: a head that is more than a matrix (an adapter on it, 4 bits, a bias).
     """
     head = base_model(model).lm_head
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head).forward is not nn.Linear.forward or head.bias is not None:  # sharded, its class is one of its own
         kind = type(head).__name__
         raise StkitError(
             f"the head is a {kind}, a plain matrix was expected: leave lm_head out of the adapter and of 4 bits"

@@ -4,7 +4,6 @@ A view lets Transformers' own forward pass run with an attention of ours without
 restored after an exception, two threads don't meet, and a checkpointed layer is computed again with what it had.
 """
 
-import copy
 import functools
 
 from torch import nn
@@ -25,7 +24,8 @@ def view(module: nn.Module, forward=None, *bound, **children: nn.Module) -> nn.M
 
     ``forward``: what runs in place of its class's, with the view and ``bound`` as its first arguments.
     """
-    seen = copy.copy(module)
+    seen = object.__new__(type(module))  # a sharded module's class makes another of a copy
+    vars(seen).update(vars(module))
     seen._modules = module._modules | children
     if "_old_forward" in vars(module):  # accelerate's hooks hold the module itself
         seen._old_forward = functools.partial(forward or type(module).forward, seen, *bound)

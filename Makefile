@@ -38,6 +38,8 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 bench: setup   # under 25 minutes on 2 cores, on a machine that does nothing else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pytest tests/test_trl_parity.py
 	$(BIN)/python -W ignore kernels/benchmarks/bench.py --out runs/bench
 
 bench-sweep: setup

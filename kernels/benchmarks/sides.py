@@ -25,6 +25,7 @@ from setting import LORA, Setting, Sizes
 from stkit_kernels.memory import peak_bytes
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from stkit.runs import write_yaml
 from stkit.train import grpo
 from stkit.train.start import begin
 from stkit.vlm.video import VideoInputs
@@ -60,15 +61,16 @@ class Ours(Side):
     def __init__(self, folder: Path, sizes: Sizes, questions: int):
         super().__init__()
         chosen = {
-            "lora.rank": LORA["r"], "lora.alpha": LORA["lora_alpha"], "train.tower": False, "train.projector": False,
-            "train.batch": 1, "train.steps": 10_000, "train.schedule": "constant", "train.lr": RATE, "train.warmup": 0.0,
-            "data.prompt": "plain", "data.tasks": ["route"], "data.limit": questions, "grpo.group": sizes.group,
-            "grpo.max_new_tokens": sizes.new, "grpo.beta": BETA, "rewards.correct": 0.0, "rewards.format": 0.0,
-            "rewards.every_second": 1.0,
+            "lora": {"rank": LORA["r"], "alpha": LORA["lora_alpha"]}, "rewards": {"every_second": 1.0},
+            "train": {"batch": 1, "steps": 10_000, "schedule": "constant", "lr": RATE, "warmup": 0.0},
+            "data": {"prompt": "plain", "limit": questions},
+            "grpo": {"group": sizes.group, "max_new_tokens": sizes.new, "beta": BETA},
         }  # fmt: skip
-        beside = {"functions": {"every_second": "sides.py"}}
         out = folder / f"run-{questions}-{time.monotonic_ns()}"
-        self.job = begin("grpo", folder / "walks", str(folder / "model"), "tiny", out, chosen, False, beside)
+        write_yaml(out.with_suffix(".yaml"), chosen)  # a preset of its own: those that ship may change
+        beside = {"functions": {"every_second": "sides.py"}}
+        overrides = {"rewards.correct": 0.0, "rewards.format": 0.0}
+        self.job = begin("grpo", folder / "walks", str(folder / "model"), out.with_suffix(".yaml"), out, overrides, False, beside)
 
     def draw(self) -> grpo.Batch:
         return grpo.draw(self.job, {"every_second": every_second})

@@ -35,7 +35,7 @@ train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit report runs/train --out runs/train/report.html
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 bench: setup   # under 25 minutes on 2 cores, on a machine that does nothing else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -5,6 +5,7 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: two workers share two cores
 os.environ["STKIT_CACHE"] = tempfile.mkdtemp(prefix="stkit-frames-")  # never the frames of the machine's user
 
 from hypothesis import settings  # noqa: E402

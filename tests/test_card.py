@@ -102,7 +102,7 @@ def test_counts_in_groups_the_bases_revision_and_the_frames_shown_are_told(run):
 def test_every_setting_and_version_and_both_commands_are_there(run):
     card = model_card(run, MERGED)
     named = {row[0].replace("\\", "") for row in rows_of(card, "## Method")[1:]}
-    settings = {key for key in all_keys() if key != "rewards"} | {"rewards.correct", "rewards.format"}
+    settings = {key for key in all_keys() if key != "rewards"} | {f"rewards.{name}" for name in ("correct", "format", "timeline")}
     assert named == settings
     assert ["data.limit", "null"] in rows_of(card, "## Method")
     assert ["data.split", "train"] in rows_of(card, "## Method")

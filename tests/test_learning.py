@@ -12,7 +12,7 @@ from stkit.bench.schema import Question
 from stkit.vlm.answers import parse
 
 OPTIONS = ("left, right", "right, left", "left, left", "right, right")
-FAST = {"train.warmup": 0, "train.schedule": "constant", "train.save_every": 1000, "train.weight_decay": 0}
+FAST = {"train.warmup": 0, "train.schedule": "constant", "train.save_every": 1000, "train.weight_decay": 0, "data.per_clip": None}
 
 
 def question(name: str, clip: str, answer: int, text: str, split: str = "train", solution: str = "") -> Question:

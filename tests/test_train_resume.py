@@ -1,5 +1,6 @@
 """A run that is killed goes on to the bit; what must not be mixed is refused; what goes wrong loses nothing."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 from benchmaker import lines, write_bench
+from teammaker import CONTEXT
 from trainmaker import edit_row, metrics
 
 from stkit import cli, grpo, load_model, open_run, sft
@@ -43,7 +45,7 @@ def command(stage, bench, out, own, steps=STEPS):
     return [sys.executable, "-m", "stkit", stage, str(bench), "--steps", str(steps), "--out", str(out), *texts]
 
 
-def run_until(condition, arguments, number=signal.SIGKILL):
+def run_until(condition, arguments, number):
     """Start a command and send it a signal as soon as a condition holds; returns its exit code."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -52,6 +54,25 @@ def run_until(condition, arguments, number=signal.SIGKILL):
     process.send_signal(number)
     told = process.communicate()[1]
     return process.returncode, told
+
+
+def run_command(arguments, told):
+    """In a process of its own: one stkit command, what it says in a file."""
+    torch.set_num_threads(1)
+    with open(told, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = cli.run(arguments)
+    sys.exit(code)
+
+
+def killed_when(condition, arguments, told):
+    """Start a command in a forked process and kill it as soon as a condition holds; returns its exit code."""
+    process = CONTEXT.Process(target=run_command, args=(arguments, told))
+    process.start()
+    while process.is_alive() and not condition():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
@@ -63,7 +84,7 @@ def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, rewar
     draws, killed = random.Random(stage), 0
 
     def rows():
-        return len(lines(out / "metrics.jsonl")) if (out / "metrics.jsonl").exists() else 0
+        return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
 
     for at in sorted(draws.sample(range(1, STEPS), KILLS)):
         moment = time.monotonic() + draws.random() * 0.2
@@ -71,8 +92,7 @@ def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, rewar
         def due(at=at, moment=moment):
             return rows() >= at and time.monotonic() > moment
 
-        code, _ = run_until(due, arguments)
-        killed += code == -signal.SIGKILL
+        killed += killed_when(due, arguments[3:], tmp_path / "told.txt") == -signal.SIGKILL
     assert killed == KILLS
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -56,12 +56,18 @@ class Run:
             f"  {n} {told[n]['first']:.3f} -> {told[n]['last']:.3f}" for n in ("loss", "reward", "kl") if n in told
         ]
         if best := told.get("best"):
+            within = f"{_share(best['low'])} to {_share(best['high'])}"
+            beside = f"blind {_share(best['blind'])}, chance {_share(best['chance'])}"
+            counted = f"{best['n']:.0f} questions, {best['clusters']:.0f} clusters"
             lines.append(
-                f"  best score {best['accuracy']:.1%} at step {best['step']:.0f} ({best['low']:.1%} to {best['high']:.1%}; "
-                f"blind {best['blind']:.1%}, chance {best['chance']:.1%}; {best['n']:.0f} questions, "
-                f"{best['clusters']:.0f} clusters)"
+                f"  best score {_share(best['accuracy'])} at step {best['step']:.0f} ({within}; {beside}; {counted})"
             )
         return "\n".join([*lines, f"  the result is in {told['result']}" if told["result"] else "  not finished"])
+
+
+def _share(value: float | None) -> str:
+    """A share for people, "–" where there is none."""
+    return "–" if value is None or value != value else f"{value:.1%}"
 
 
 def open_run(out: str | Path) -> Run:

@@ -150,3 +150,7 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
     text = (ROOT / "README.md").read_text()
     assert f"rotations {ratio('evaluation')}x as fast, a GRPO update {ratio('update', 'as published')}x as fast" in text
     assert f"in 1/{ratio('update', 'live')} of the memory" in text
+    words = " ".join(text.split())
+    one, four = (ratio("whole step", f"{part}, as published") for part in ("one question", "4 questions of a clip"))
+    assert f"{one}x as fast with one question of a clip and {four}x with four" in words
+    assert f"{ratio('whole step', 'one question, TRL')}x as fast in 1/{ratio('whole step', '(live tensors), TRL')} of" in words

@@ -7,7 +7,6 @@ stkit merge runs/grpo --out runs/merged
 stkit export runs/walks --lmms-eval runs/lmms
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -51,13 +50,14 @@ def _train(stage: str, bench, model, preset, out, steps, seed, eval_every, texts
     import stkit
 
     from .train.reading import parse_overrides
+    from .vlm.processes import speaks
 
     with stdout_for_json_only(as_json):
         run = getattr(stkit, stage)(
             bench, model=model, preset=preset, out=out, steps=steps, seed=seed, eval_every=eval_every,
             overrides=parse_overrides(texts or ()),
         )  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if speaks():
         print(to_json(run.summary()) if as_json else run.text())
 
 

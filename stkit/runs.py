@@ -138,18 +138,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, object, str]]:
             yield number, None, f"not a whole JSON object ({error}): write the line anew"
 
 
-def read_partial_jsonl(path: str | Path, cut: bool = True) -> list[dict]:
-    """The whole lines of a file that a killed process was appending to.
-
-    Args:
-        cut: take a half-written last line off the disk; False for a file that somebody may be writing to just now.
-    """
+def read_partial_jsonl(path: str | Path) -> list[dict]:
+    """The whole lines of a file that a killed process was appending to; a half-written last line is cut off on disk."""
     path = Path(path)
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if cut and len(whole) < len(data):
+    if len(whole) < len(data):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     rows = []

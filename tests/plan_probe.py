@@ -22,7 +22,7 @@ from stkit.train.policy import make_policy
 from stkit.train.settings import LoraSettings, Settings, TrainSettings
 from stkit.vlm import tiny
 from stkit.vlm.generate import Sampling, generate
-from stkit.vlm.load import FAMILIES, Loaded, Source, load_processor, read_config
+from stkit.vlm.load import FAMILIES, Loaded, Source, read_config
 from stkit.vlm.logps import tree_logps
 from stkit.vlm.tree import Tree
 from stkit.vlm.video import VideoInputs

@@ -1,6 +1,7 @@
 """A run that is killed goes on to the bit; what must not be mixed is refused; what goes wrong loses nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from trainmaker import edit_row, metrics
 
 from stkit import cli, grpo, load_model, open_run, sft
 from stkit.runtime import OutOfMemory, StkitError
+from stkit.train import loop
 from stkit.train import sft as sft_module
 from stkit.train.loop import Loop
 
@@ -260,6 +262,21 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_one_before(bench, 
     again = sft(bench, out=out, steps=4, overrides=own, progress=False)
     whole = sft(bench, out=tmp_path / "whole", steps=4, overrides=own, progress=False)
     assert [r["step"] for r in metrics(again.out)] == [1, 2, 3, 4] and metrics(whole.out)[-1]["step"] == 4
+
+
+def test_a_full_disk_at_a_row_is_one_clear_error_and_a_re_run_goes_on(bench, tmp_path, monkeypatch):
+    real = loop.append_jsonl
+
+    def full(path, row):
+        if row["step"] == 3:
+            raise OSError(errno.ENOSPC, "no space", str(path))
+        real(path, row)
+
+    monkeypatch.setattr(loop, "append_jsonl", full)
+    with pytest.raises(StkitError, match="metrics.jsonl: the disk is full.*the last checkpoint is .*step-000002"):
+        sft(bench, out=tmp_path / "run", steps=4, overrides=SFT, progress=False)
+    monkeypatch.undo()
+    assert len(sft(bench, out=tmp_path / "run", steps=4, overrides=SFT, progress=False).metrics) == 4
 
 
 def test_an_adapter_from_another_base_is_refused(bench, tmp_path):

@@ -9,13 +9,11 @@ What stays the same or is not there has no curve. The files of a run are only re
 
 import io
 import itertools
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import matplotlib
 import pandas as pd
@@ -23,10 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..runs import explain, read_yaml
-from ..runtime import StkitError
-from ..train.run import CONFIG, Run
-from ..train.settings import STAGES
+from ..train.run import Run, open_run
 from .plots import INK, STYLE, svg_element
 from .tables import visible
 
@@ -67,28 +62,8 @@ def read_run(run: str | os.PathLike | Run) -> Run:
     """
     if isinstance(run, Run):
         return run
-    out = Path(run)
-    config = read_yaml(out / CONFIG)
-    if not isinstance(config, dict) or config.get("stage") not in STAGES:
-        raise StkitError(f"{out / CONFIG}: no stage in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
-    return Run(out, config, *(pd.DataFrame(_rows(out / f"{name}.jsonl")) for name in ("metrics", "rollouts", "scores")))
-
-
-def _rows(path: Path) -> list[dict]:
-    """The whole lines of a file without what only resuming needs; a half-written last line is for later."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    except OSError as error:
-        raise StkitError(explain(error)) from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise StkitError(f"{path}:{number}: not a row with a step ({error!r:.80}): delete that line") from error
-        found.append({k: v for k, v in row.items() if k not in HEAVY} | {"step": step})
-    return found
+    found = open_run(run)
+    return replace(found, rollouts=found.rollouts.drop(columns=list(HEAVY), errors="ignore"))
 
 
 def named(runs) -> dict[str, Run]:

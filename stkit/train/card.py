@@ -12,9 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from ..runs import read_json, read_lines, read_yaml, to_json
+from ..runs import read_json, read_yaml, to_json
 from ..runtime import StkitError
 from ..vlm.load import HUB_NAME
+from .run import read_rows
 
 STAGES = {"sft": "supervised fine-tuning (cold start)", "grpo": "GRPO"}
 SCORES = ("model", "set", "questions", "accuracy", "95 % interval", "blind", "chance", "n", "clusters", "unresolved")
@@ -35,7 +36,7 @@ def model_card(run: str | Path, merged: Mapping, scores: Mapping[str, dict] | No
     config = read_yaml(run / "config.yaml") or {}
     parts = [
         _front(config, merged), _what(config, merged), _data(config), _method(run, config), _weights(merged),
-        _scores(scores or {}), _while_training(run), _commands(config, merged), _limits(config, merged),
+        _scores(scores or {}), _while_training(run), _commands(config, merged), _limits(merged),
     ]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -116,7 +117,7 @@ def _method(run: Path, config: Mapping) -> str:
     settings |= _flat({name: config[name] for name in ("shown", "processes") if name in config})
     rows = [(name, _plain(value)) for name, value in settings.items()]
     parts = [f"## Method\n\n{cell(STAGES.get(config.get('stage'), str(config.get('stage'))))}."]
-    if steps := [row for row in read_rows(run / "metrics.jsonl") if "step" in row]:
+    if steps := read_rows(run / "metrics.jsonl"):
         last = steps[-1]
         shown = [(name, _number(last[name])) for name in ("step", "loss", "reward", "kl") if last.get(name) is not None]
         parts.append("Last update recorded: " + ", ".join(f"{name} {cell(value)}" for name, value in shown) + ".")
@@ -135,13 +136,6 @@ def _flat(values: Mapping, where: str = "") -> dict:
     for key, value in values.items():
         found |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
     return found
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a run's JSONL, none where there is no such file; a half-written line is passed over."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    return [row for _, row, _ in read_lines(path) if isinstance(row, dict)]
 
 
 def _weights(merged: Mapping) -> str:
@@ -218,7 +212,7 @@ def _commands(config: Mapping, merged: Mapping) -> str:
     return "## Commands\n\n" + fenced("\n".join(line for line in lines if line))
 
 
-def _limits(config: Mapping, merged: Mapping) -> str:
+def _limits(merged: Mapping) -> str:
     return f"""## Intended use and limits
 
 For research on spatio-temporal questions about egocentric video. It was trained on the data above and on nothing else

@@ -30,7 +30,7 @@ from .rollouts import Group, Recorded, sample, score
 from .run import Run, open_run
 from .served import Served
 from .sft import clip_moments
-from .start import Job, begin
+from .start import Job, begin, with_named
 
 Reward = Callable[[list], Sequence[float]]
 
@@ -84,9 +84,7 @@ def grpo(
         StkitError: as :func:`stkit.train.sft.sft`; a reward function that fails; a KL over grpo.max_kl.
     """
     functions = dict(rewards or {})
-    named = {"train.steps": steps, "train.seed": seed, "train.eval_every": eval_every}
-    chosen = {f"rewards.{name}": 1.0 for name in functions} | dict(overrides or {})
-    chosen |= {k: v for k, v in named.items() if v is not None}
+    chosen = {f"rewards.{name}": 1.0 for name in functions} | with_named(overrides, steps, seed, eval_every)
     used = find_rewards(load_settings(preset, "grpo", chosen).rewards, REWARDS, functions)
     beside = {"functions": {name: _source(function) for name, (function, _) in used.items() if name not in REWARDS}}
     job = begin("grpo", bench, model, preset, out, chosen, progress, beside)
@@ -251,10 +249,11 @@ def _learn(job: Job, batch: Batch, update: int) -> None:
         return loss_on(job, batch, lined, forest)
 
     told = job.loop.learn(plants, loss_of, lambda sums: _refuse_far(job, sums))
-    job.after(job.loop.log(_row(job, batch, told, update)))
+    job.loop.log(_row(job, batch, told, update))
+    job.score_if_due()
 
 
-def _rows(batch: Batch, lined, forest: Sequence[Plant], packed, device) -> tuple[list[slice], list, torch.Tensor]:
+def _rows(lined, forest: Sequence[Plant], packed, device) -> tuple[list[slice], list, torch.Tensor]:
     """Where each rollout of a forest lies in the packed tree, which it is, and the mask of its learned tokens."""
     place = {id(node): piece for node, piece in zip(packed.nodes, packed.slices)}
     pieces = [place[id(leaf)] for one in forest for leaf in one.leaves]
@@ -274,7 +273,7 @@ def loss_on(job: Job, batch: Batch, lined, forest: Sequence[Plant]) -> tuple[tor
     """A forest's share of the loss: the clipped surrogate and beta times the KL, over the batch's divisor."""
     how = job.settings.grpo
     found = _forward(job, batch, forest, job.policy.model, entropy=True)
-    pieces, known, mask = _rows(batch, lined, forest, found.packed, found.log_probs.device)
+    pieces, known, mask = _rows(lined, forest, found.packed, found.log_probs.device)
     new = rows_of(found.log_probs, pieces)
     old = torch.nn.utils.rnn.pad_sequence([g.rollouts[k].log_probs for g, k in known], batch_first=True).to(new)
     gains = torch.tensor([g.advantages[k] for g, k in known], dtype=new.dtype, device=new.device)
@@ -301,7 +300,7 @@ def _fill_old(job: Job, batch: Batch, lined, plants: Sequence[Plant]) -> None:
         for one in missing:
             with torch.no_grad(), job.loop.autocast():
                 found = _forward(job, batch, [one], job.policy.model)
-            pieces, known, _ = _rows(batch, lined, [one], found.packed, found.log_probs.device)
+            pieces, known, _ = _rows(lined, [one], found.packed, found.log_probs.device)
             for piece, (group, k) in zip(pieces, known):
                 if group.rollouts[k].log_probs.isnan().any():
                     group.rollouts[k] = group.rollouts[k]._replace(log_probs=found.log_probs[piece].float().cpu())

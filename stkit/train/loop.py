@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..runs import append_jsonl, read_partial_jsonl, write_jsonl
+from ..runs import append_jsonl, explain, read_partial_jsonl, write_jsonl
 from ..runtime import OutOfMemory, StkitError, explain_memory
 from . import checkpoint
 from .forest import Plant, forests
@@ -305,10 +305,11 @@ class Loop:
         before = signal.signal(signal.SIGINT, stop) if ours else None
         try:
             yield
-        except StkitError as error:
+        except (StkitError, OSError) as error:
             last = checkpoint.latest(self.out / "checkpoints")
             safe = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise type(error)(f"step {self.step + 1} of {self.steps}: {error} ({safe})") from error
+            kind, text = (StkitError, explain(error)) if isinstance(error, OSError) else (type(error), str(error))
+            raise kind(f"step {self.step + 1} of {self.steps}: {text} ({safe})") from error
         finally:
             self.bar.close()
             if ours:

@@ -134,7 +134,7 @@ def make_policy(
         loaded = _merged(loaded)
     lora = settings.lora.rank > 0
     if not lora:
-        _refuse_full(loaded, settings)
+        _refuse_full(loaded)
     frozen = None
     if reference and not lora:
         frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
@@ -176,7 +176,7 @@ def _merged(loaded: Loaded) -> Loaded:
     return Loaded(merged, loaded.processor, loaded.record)
 
 
-def _refuse_full(loaded: Loaded, settings: Settings) -> None:
+def _refuse_full(loaded: Loaded) -> None:
     if loaded.record["four_bit"]:
         raise BadUse(
             "lora.rank=0 trains all weights, which 4-bit ones cannot be: set model.four_bit=false, or give a rank"

@@ -9,13 +9,15 @@ run = open_run("runs/sft")
 run.metrics.plot("step", "loss")
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from ..runs import read_partial_jsonl, read_yaml
+from ..runs import explain, read_yaml
 from ..runtime import StkitError
+from .settings import STAGES
 
 CONFIG = "config.yaml"
 BESIDE = ("command", "why", "platform", "plan", "threads", "steps")  # keys of it that are not compared on resumption
@@ -80,7 +82,26 @@ def open_run(out: str | Path) -> Run:
     if not (out / CONFIG).exists():
         raise StkitError(f"{out}: no {CONFIG} in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
     config = read_yaml(out / CONFIG)
-    tables = [
-        pd.DataFrame(read_partial_jsonl(out / f"{name}.jsonl", cut=False)) for name in ("metrics", "rollouts", "scores")
-    ]
-    return Run(out, config if isinstance(config, dict) else {}, *tables)
+    if not isinstance(config, dict) or config.get("stage") not in STAGES:
+        raise StkitError(f"{out / CONFIG}: no stage in it: give the folder that 'stkit sft' or 'stkit grpo' wrote")
+    return Run(out, config, *(pd.DataFrame(read_rows(out / f"{name}.jsonl")) for name in ("metrics", "rollouts", "scores")))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole lines of a run's JSONL, none where there is no such file; a half-written last line is for later.
+
+    Raises:
+        StkitError: a line that is no row with a step, by its number.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise StkitError(f"{path}:{number}: not a row with a step ({error!r:.80}): delete that line") from error
+    return found

@@ -21,7 +21,7 @@ from .answers import answer_text
 from .data import Item, Seen
 from .forest import Line, Plant, plant
 from .run import Run, open_run
-from .start import Job, begin
+from .start import Job, begin, with_named
 
 
 def sft(
@@ -55,9 +55,7 @@ def sft(
         StkitError: no such benchmark or model, no question with a video, another run's folder, a loss that is not
             finite (the last checkpoint stays), no memory.
     """
-    named = {"train.steps": steps, "train.seed": seed, "train.eval_every": eval_every}
-    job = begin("sft", bench, model, preset, out, dict(overrides or {}) | {k: v for k, v in named.items() if v is not None},
-                progress)  # fmt: skip
+    job = begin("sft", bench, model, preset, out, with_named(overrides, steps, seed, eval_every), progress)
     with job.loop.guarded():
         while job.loop.step < job.loop.steps:
             _update(job)
@@ -91,13 +89,13 @@ def _update(job: Job) -> None:
 
     told = job.loop.learn(plants, loss_of)
     job.cursor += job.clips
-    row = job.loop.log({
+    job.loop.log({
         "loss": told["loss"], "reward": None, "kl": None, "entropy": told["entropy"] / counts["learned"], "lr": told["lr"],
         "grad_norm": told["grad_norm"], "clip_fraction": None, "tokens": int(told["tokens"]),
         "learned_tokens": int(counts["learned"]), "questions": int(counts["questions"]), "clips": job.clips,
         "epoch": job.cursor / len(job.course),
     })  # fmt: skip
-    job.after(row)
+    job.score_if_due()
     job.loop.save_if_due(job.cursor)
 
 

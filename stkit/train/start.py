@@ -59,27 +59,34 @@ class Job:
         """The video's features where they stay the same while training; None where the tower learns."""
         return None if self.policy.tower else encode_video(self.policy.model, seen.inputs)
 
-    def after(self, row: dict) -> None:
+    def score_if_due(self) -> None:
         """Scores where they are due."""
         every = self.settings.train.eval_every
         if self.scorer is None or not (self.loop.step % every == 0 or self.loop.step >= self.loop.steps):
             return
+        self.loop.bar.set_description(f"scoring {len(self.scorer.questions)} questions")
         found = self.scorer.score(self.policy, self.processes)
+        self.loop.bar.set_description("")
         found = {"step": self.loop.step, **found, "best": self.loop.keep_best(found["accuracy"])}
         if self.processes.first:
             append_jsonl(self.out / "scores.jsonl", found)
 
 
+def with_named(overrides: Mapping | None, steps: int | None, seed: int | None, eval_every: int | None) -> dict:
+    """Overrides with the settings that have an argument of their own, where one was given."""
+    named = {"train.steps": steps, "train.seed": seed, "train.eval_every": eval_every}
+    return dict(overrides or {}) | {k: v for k, v in named.items() if v is not None}
+
+
 def begin(
     stage: str, bench: str | Path, model: str | Path | Loaded, preset: str | Path, out: str | Path | None,
-    overrides: Mapping[str, object], progress: bool = True, beside: Mapping | None = None, mode: str | None = None,
+    overrides: Mapping[str, object], progress: bool = True, beside: Mapping | None = None,
 ) -> Job:  # fmt: skip
     """Get a run ready: a new one, or the one that is in the folder.
 
     Args:
         overrides: by dotted key.
         beside: facts of the caller's that must be equal on resumption (a reward function's source).
-        mode: how scores are got while training; None for what fits the form.
     """
     benchmark, overrides = _benchmark(bench, dict(overrides))
     settings = load_settings(preset, stage, overrides)
@@ -100,7 +107,7 @@ def begin(
     watcher = Watcher(benchmark, settings.video, policy.loaded.processor)
     scorer = None
     if settings.train.eval_every:
-        mode = mode or ("letter" if stage == "sft" and settings.sft.form == "answer" else "generate")
+        mode = "letter" if stage == "sft" and settings.sft.form == "answer" else "generate"
         scorer = Scorer(benchmark, settings, watcher, mode)
     loop = _loop(out, stage, settings, course, policy, processes, progress)
     record = policy.loaded.record

@@ -190,12 +190,16 @@ def same_step(folder: Path, sizes: Sizes, questions: int) -> tuple[float, float,
 def learned(side: Ours, batch: grpo.Batch) -> tuple[dict, list[torch.Tensor]]:
     """Learn from a batch: the row of metrics that it writes, and the gradients just before the optimiser's step."""
     job, rows, gradients = side.job, [], []
-    advance = job.loop._advance
+    advance, log = job.loop._advance, job.loop.log
 
     def looked() -> float:
         gradients.extend(p.grad.clone() for p in job.loop.parameters)
         return advance()
 
-    job.loop._advance, job.after = looked, rows.append
+    def logged(row: dict) -> dict:
+        rows.append(log(row))
+        return rows[-1]
+
+    job.loop._advance, job.loop.log = looked, logged
     grpo._learn(job, batch, 0)
     return rows[0], gradients

@@ -12,9 +12,11 @@ How: Transformers' own forward pass runs on a view of the tower (see :mod:`stkit
 the patch embedding are ours.
 """
 
+import copy
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,23 +51,44 @@ def encode_video(model, video: VideoInputs | None, grad: bool | None = None):
         StkitError: no such model; pixels and grid that disagree; pixels of another dtype or device, or not finite;
             an output that is not finite; out of memory. BadUse: a graph was asked for where none can be.
     """
-    if video is None:
-        return None
+    return None if video is None else encode_videos(model, [video], grad)[0]
+
+
+def encode_videos(model, videos: Sequence[VideoInputs], grad: bool | None = None) -> list:
+    """The output of the vision tower for each of several videos, computed in one pass over all of them.
+
+    For small towers, where what a call costs beside its products weighs most. See :func:`encode_video`.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     core = getattr(base, "model", None)
     tower = active(getattr(core, "visual", None))
     if not hasattr(tower, "blocks") or not hasattr(tower, "patch_embed"):
         raise StkitError(f"{type(base).__name__} has no vision tower of a Qwen-VL: give a Qwen2-VL, 2.5-VL or 3-VL")
-    pixels, grid = _checked(tower, video)
+    checked = [_checked(tower, video) for video in videos]
+    pixels, grids = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*checked))
     graph = _graph_wanted(tower, grad)
-    plan = f"{len(pixels)} patches of a video went through the vision tower"
+    plan = f"{len(pixels)} patches of {_said(videos)} went through the vision tower"
     with torch.set_grad_enabled(graph), explain_memory(plan, "lower frames or max_pixels"):
-        features = view(core, visual=_batched(tower)).get_video_features(pixels, grid, return_dict=True)
+        features = view(core, visual=_batched(tower)).get_video_features(pixels, grids, return_dict=True)
     if not all(part.isfinite().all() for part in features.pooler_output):
         dtype = str(features.pooler_output[0].dtype).removeprefix("torch.")
         advice = "load the model in float32 or bfloat16" if dtype == "float16" else "look for NaN among its weights"
         raise StkitError(f"the vision tower's output is not finite (in {dtype}; the pixels are): {advice}")
-    return features
+    return [features] if len(videos) == 1 else _parted(features, len(videos))
+
+
+def _said(videos: Sequence[VideoInputs]) -> str:
+    return "a video" if len(videos) == 1 else f"{len(videos)} videos"
+
+
+def _parted(features, count: int) -> list:
+    """The features of several videos as those of each."""
+    found = [copy.copy(features) for _ in range(count)]
+    for k, one in enumerate(found):
+        one.pooler_output = features.pooler_output[k : k + 1]
+        if getattr(features, "deepstack_features", None) is not None:
+            one.deepstack_features = [level[k : k + 1] for level in features.deepstack_features]
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,256 @@
+"""From nothing to a small model that sees and reasons: stages of training, each of which the next one rests on.
+
+    made = train_tiny("runs/tiny", recipe="full", seed=0)
+    made["model"], made["stages"]
+
+A stage is lessons on walks, with the kit's own tree, loop and checkpoints. ``derive`` and ``read`` are learned from
+told walks, without a video; ``see`` and ``answer`` from films. A run that was stopped goes on where it was.
+"""
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from ..bench.build import build_benchmark
+from ..bench.presets import PRESETS
+from ..bench.schema import TASKS
+from ..runs import claim, explain, read_yaml
+from ..runtime import BadUse, StkitError, generator, versions
+from ..train.forest import Line, Plant, plant
+from ..train.loop import Loop
+from ..train.policy import Policy, make_policy
+from ..train.processes import Processes
+from ..train.reading import load_settings
+from ..vlm import tiny
+from ..vlm.load import load_model
+from ..vlm.logps import tree_logps
+from ..vlm.video import VideoInputs
+from ..vlm.vision import encode_videos
+from .lessons import LESSONS, Reader, lesson
+from .walks import SPLIT, Films, Walk, planned_walks
+
+RECIPES = Path(__file__).parent / "recipes"
+SEEN = ("see", "answer")  # lessons with a video
+MADE_FOR = PRESETS["tiny"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
+    lesson "read", whose loss counts ``told_share`` times as much. keep_every: updates between copies of the weights."""
+
+    name: str
+    lesson: str
+    steps: int
+    walks: int
+    per_walk: int
+    lr: float
+    tasks: tuple[str, ...] = TASKS
+    told: int = 0
+    told_share: float = 0.3
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it. films, told: how many walks are filmed, and told without a film."""
+
+    films: int
+    told: int
+    stages: tuple[Stage, ...]
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe that ships ("full", "quick") or a YAML file.
+
+    Raises:
+        BadUse: an unknown recipe, key or lesson.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+        if not path.exists():
+            raise BadUse(f"recipe {str(name)!r} is unknown: use {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}")
+    raw = read_yaml(path)
+    stages = tuple(_stage(key, dict(row)) for key, row in raw["stages"].items())
+    return Recipe(int(raw["films"]), int(raw["told"]), stages)
+
+
+def _stage(name: str, row: dict) -> Stage:
+    hints = typing.get_type_hints(Stage)
+    if unknown := [key for key in row if key not in hints]:
+        raise BadUse(f"stages.{name}.{unknown[0]} is unknown: use {', '.join(f.name for f in fields(Stage)[1:])}")
+    row = {key: tuple(v) if isinstance(v, list) else hints[key](v) for key, v in row.items()}
+    stage = Stage(name, **row)
+    if stage.lesson not in LESSONS:
+        raise BadUse(f"stages.{name}.lesson={stage.lesson!r} is unknown: use {', '.join(LESSONS)}")
+    return stage
+
+
+def train_tiny(
+    out: str | Path, recipe: str | Path = "full", seed: int = 0, until: str | None = None, progress: bool = True
+) -> dict:
+    """Make the tiny model from nothing; run again in the same folder, it goes on where it was.
+
+    Args:
+        out: folder of films, stages and the model.
+        recipe: see :func:`load_recipe`.
+        seed: of the first weights, the walks and the order of lessons.
+        until: the last stage to run; None for all.
+
+    Returns:
+        model (its folder) and stages (name -> folder).
+
+    Raises:
+        BadUse: an unknown recipe or stage. StkitError: another recipe's folder, a full disk, no memory.
+    """
+    out, plan = Path(out), load_recipe(recipe)
+    names = [stage.name for stage in plan.stages]
+    if until is not None and until not in names:
+        raise BadUse(f"until={until!r}: no such stage, use {', '.join(names)}")
+    try:
+        claim(out, {"recipe": asdict(plan), "seed": seed}, name="recipe.yaml", beside={"versions": versions()})
+        model = _first_weights(out / "start", seed)
+        made, films = {}, None
+        for stage in plan.stages[: names.index(until) + 1 if until else None]:
+            if stage.lesson in SEEN and films is None:
+                films = _films(out, plan, seed, model, progress)
+            made[stage.name] = out / stage.name
+            model = run_stage(stage, made[stage.name], model, films, plan.told, seed, progress)
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    return {"model": model, "stages": made}
+
+
+def _first_weights(folder: Path, seed: int) -> Path:
+    """A model folder with weights drawn from the seed."""
+    if not (folder / "model.safetensors").exists():
+        tiny.write_folder(folder)
+        tiny.seeded_model(Qwen2_5_VLConfig.from_pretrained(folder), seed).save_pretrained(folder)
+    return folder
+
+
+def _films(out: Path, plan: Recipe, seed: int, model: Path, progress: bool) -> Films:
+    """The filmed walks, rendered and decoded once."""
+    build_benchmark(out / "walks", plan.films, seed, split=SPLIT, progress=progress)
+    return Films(out / "walks", out / "films", load_model(model, device="cpu").processor, progress)
+
+
+def run_stage(
+    stage: Stage, out: Path, model: Path, films: Films | None, told: int, seed: int, progress: bool = True
+) -> Path:
+    """One stage, from a model's folder to another's."""
+    result = out / "model"
+    if result.exists():
+        return result
+    settings = load_settings("tiny", "sft", {
+        "train.steps": stage.steps, "train.lr": stage.lr, "train.warmup": stage.warmup, "train.seed": seed,
+        "train.weight_decay": stage.weight_decay, "train.save_every": 25, "train.max_tokens": 16_384,
+    })  # fmt: skip
+    claim(out, {"stage": asdict(stage), "seed": seed}, name="stage.yaml")
+    processes = Processes(settings, out)
+    policy = make_policy(model, settings, reference=False)
+    loop = Loop(out, policy, settings, stage.steps, processes, progress)
+    loop.bar.set_description(stage.name)
+    loop.resume()
+    walks = planned_walks(told, seed) if stage.told or stage.lesson not in SEEN else []
+    lessons = Lessons(stage, films, walks, seed, policy)
+    with loop.guarded():
+        while loop.step < stage.steps:
+            update(loop, policy, lessons.of(loop.step))
+            if stage.keep_every and loop.step % stage.keep_every == 0:
+                policy.save(out / "kept" / f"{loop.step:05d}")
+            loop.save_if_due(loop.step)
+        loop.finish()
+    return result
+
+
+class Told(typing.NamedTuple):
+    """Lines on one walk, with its film (None: it is told), and how much each line's loss counts."""
+
+    lines: list[Line]
+    video: VideoInputs | None
+    share: float
+
+
+class Lessons:
+    """What a stage's updates learn: a function of the seed and the update's number alone."""
+
+    def __init__(self, stage: Stage, films: Films | None, told: Sequence[Walk], seed: int, policy: Policy):
+        self.stage, self.films, self.told, self.seed = stage, films, told, seed
+        self.reader = Reader(policy.loaded.processor, policy.loaded.record["family"])
+
+    def of(self, step: int) -> list[Told]:
+        """The lessons of one update, as many in all as it has walks."""
+        stage, seen = self.stage, self.stage.lesson in SEEN
+        walks = self.films.walks if seen else self.told
+        found = [self._on(walks, stage.lesson, place, stage.per_walk, 1 / (stage.walks * stage.per_walk))
+                 for place in range(step * stage.walks, (step + 1) * stage.walks)]  # fmt: skip
+        found += [self._on(self.told, "read", place, 1, stage.told_share / stage.told)
+                  for place in range(step * stage.told, (step + 1) * stage.told)]  # fmt: skip
+        return found
+
+    def _on(self, walks: Sequence[Walk], kind: str, place: int, count: int, share: float) -> Told:
+        epoch, index = divmod(place, len(walks))
+        rng = generator(self.seed, self.stage.name, kind, place)
+        walk = walks[_order(len(walks), self.seed, self.stage.name, kind, epoch)[index]]
+        if rng.random() < 0.5:
+            walk = walk.mirrored()
+        asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in self.stage.tasks]
+        video = self.films.video(walk) if kind in SEEN else None
+        chosen = rng.sample(asked, min(count, len(asked)))
+        return Told(lesson(chosen, walk, kind, self.reader, video), video, share)
+
+
+@lru_cache(maxsize=8)
+def _order(count: int, *seeds: object) -> list[int]:
+    """The walks of an epoch, shuffled."""
+    order = list(range(count))
+    generator(*seeds, "order").shuffle(order)
+    return order
+
+
+def update(loop: Loop, policy: Policy, told: Sequence[Told]) -> None:
+    """One step of the optimiser on all lessons of an update: each line's mean loss, weighted by its share."""
+
+    def plants(max_tokens: int) -> list[Plant]:
+        found = []
+        for k, one in enumerate(told):
+            lines = [_scaled(line, one.share) for line in one.lines]
+            found += plant(k, lines, max_tokens) if one.video else [p for x in lines for p in plant(k, [x], max_tokens)]
+        return found
+
+    def loss_of(forest: Sequence[Plant]) -> tuple[torch.Tensor, dict]:
+        videos = [told[one.clip].video for one in forest]
+        seen = iter(encode_videos(policy.model, [v for v in videos if v is not None]) if any(videos) else ())
+        features = [None if v is None else next(seen) for v in videos]
+        found = tree_logps(policy.model, [one.tree for one in forest], videos, features, tokens="weighted")
+        weight = found.packed.weight
+        right = (found.log_probs.detach() > math.log(0.5)) | (weight == 0)
+        leaves = [p for node, p in zip(found.packed.nodes, found.packed.slices) if any(node.weight)]
+        numbers = {
+            "lines": len(leaves), "exact": sum(bool(right[piece].all()) for piece in leaves),
+            "learned_tokens": int((weight != 0).sum()), "words": int((right & (weight != 0)).sum()),
+        }  # fmt: skip
+        return -(found.log_probs * weight).sum(), numbers
+
+    sums = loop.learn(plants, loss_of)
+    loop.log({
+        "loss": sums["loss"], "exact": sums["exact"] / sums["lines"], "words": sums["words"] / sums["learned_tokens"],
+        "lr": sums["lr"], "grad_norm": sums["grad_norm"], "tokens": int(sums["tokens"]), "lines": int(sums["lines"]),
+        "learned_tokens": int(sums["learned_tokens"]),
+    })  # fmt: skip
+
+
+def _scaled(line: Line, share: float) -> Line:
+    """A line whose learned tokens weigh ``share`` together."""
+    total = sum(line.weight)
+    return line._replace(weight=tuple(w * share / total for w in line.weight))

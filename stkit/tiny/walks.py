@@ -1,0 +1,140 @@
+"""The walks that the tiny model learns from: planned ones to read about, filmed ones to see, and the mirror image of each.
+
+    told = planned_walks(200, seed=0)          # nothing is rendered: a time line is a function of the plan
+    films = Films("runs/tiny/walks", "runs/tiny/films", processor)   # decoded once, to a memory-mapped array
+    walk = films.walks[0].mirrored()
+    walk.moments, films.video(walk)
+
+Only maps of split "train" are learned from. A mirror image is on the same side of that line as its walk: the split is a
+hash of the map, which is the same for both.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..bench.camera import schedule
+from ..bench.plans import Landmark, Plan, PlannedAction, make_plan, plan_row
+from ..bench.presets import MIRROR, PRESETS, Preset
+from ..bench.questions import make_questions
+from ..bench.schema import Question, load_benchmark
+from ..bench.timeline import Moment, load_truth, timeline
+from ..runs import claim
+from ..runtime import BadUse, child_seed
+from ..sampling import sample_indices
+from ..vlm.cache import load_frames
+from ..vlm.sight import choose_pixels, choose_sampling
+from ..vlm.video import Frames, VideoInputs, prepare, video_spec
+
+SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk with what each patch of time shows. ``film``: which of the films shows it, None for a walk that is only
+    told; ``flipped``: the film is to be mirrored."""
+
+    name: str
+    plan: Plan
+    moments: tuple[Moment, ...]
+    film: int | None = None
+    flipped: bool = False
+
+    def mirrored(self) -> "Walk":
+        """The same walk with left and right exchanged."""
+        plan = replace(
+            self.plan,
+            turns=tuple(MIRROR[turn] for turn in self.plan.turns),
+            landmarks=tuple(replace(mark, side=MIRROR[mark.side]) for mark in self.plan.landmarks),
+        )
+        moments = tuple(
+            Moment(MIRROR.get(m.motion, m.motion), m.landmark, MIRROR.get(m.side, "")) for m in self.moments
+        )
+        return replace(self, plan=plan, moments=moments, flipped=not self.flipped)
+
+    def questions(self, preset: Preset, seed: int) -> list[Question]:
+        """Its eight questions (fewer where one cannot be asked), with options, wording and letters drawn from ``seed``."""
+        plan = replace(self.plan, seed=seed)
+        return make_questions([(self.name, plan)], preset, seed)[0]
+
+
+def planned_walks(count: int, seed: int, preset: Preset = PRESETS["tiny"]) -> list[Walk]:
+    """Walks of split "train" that nobody has filmed, with their time lines."""
+    own = child_seed(seed, "told")
+    return [planned(f"told-{k}", make_plan(own, k, preset, SPLIT), preset) for k in range(count)]
+
+
+def planned(name: str, plan: Plan, preset: Preset) -> Walk:
+    """A plan as a walk: what its frames would show follows from the camera's schedule."""
+    ticks = schedule(plan, preset)
+    truth = {
+        "frame_ticks": [*range(0, len(ticks), preset.ticks_per_frame)],
+        "ticks": {"event": [t.event for t in ticks], "landmark": [t.landmark for t in ticks]},
+        "plan": plan_row(plan),
+    }
+    shown = sample_indices(len(truth["frame_ticks"]), preset.fps, preset.sampling, n=preset.n_frames)
+    return Walk(name, plan, timeline(truth, shown))
+
+
+def plan_of(row: dict) -> Plan:
+    """The plan that a clip's truth holds."""
+    marks = tuple(Landmark(**mark) for mark in row["landmarks"])
+    acts = tuple(PlannedAction(**act) for act in row["actions"])
+    own = {name: tuple(row[name]) for name in ("turns", "lengths")}
+    return Plan(**{**row, **own, "landmarks": marks, "actions": acts})
+
+
+class Films:
+    """A benchmark's clips as walks whose frames lie, at the model's size, in one memory-mapped array.
+
+    Args:
+        bench: a benchmark folder of split "train".
+        out: where the array goes; films that are there are not read again.
+        processor: of the model; its sizes are used.
+
+    Raises:
+        BadUse: a clip of another split.
+    """
+
+    def __init__(self, bench: str | Path, out: str | Path, processor, progress: bool = True):
+        benchmark = load_benchmark(bench)
+        if other := [clip.id for clip in benchmark.clips if clip.split != SPLIT]:
+            raise BadUse(f"{bench}: clip {other[0]} is of another split: only maps of split {SPLIT!r} are learned from")
+        self.how = choose_sampling(benchmark.info, None, None, None)
+        self.how |= choose_pixels(processor.video_processor.size, None)
+        self.spec, self.fps = video_spec(processor), benchmark.clips[0].fps
+        self.walks = []
+        out = Path(out)
+        claim(out, {"benchmark": benchmark.info["hash"], "how": self.how}, name="films.json")
+        paths = [benchmark.video_path(clip.video) for clip in benchmark.clips]
+        first = self._read(paths[0])
+        shape = (len(paths), *first.pixels.shape)
+        mode = "r+" if (out / "frames.npy").exists() else "w+"
+        open_array = np.lib.format.open_memmap
+        self.frames = open_array(out / "frames.npy", mode, np.uint8, shape)
+        self.times = open_array(out / "times.npy", mode, np.float64, (len(paths), len(first.timestamps_s)))
+        for k in tqdm(range(len(paths)), "reading films", unit="clip", disable=not progress):
+            clip = benchmark.clips[k]
+            truth = load_truth(benchmark, clip.id)
+            if not self.times[k].any():
+                read = self._read(paths[k])
+                self.frames[k], self.times[k] = read.pixels, read.timestamps_s
+            shown = sample_indices(clip.frames, clip.fps, self.how["sampling"], n=self.how["frames"])
+            self.walks.append(Walk(clip.id, plan_of(truth["plan"]), timeline(truth, shown), k))
+
+    def _read(self, path: Path) -> Frames:
+        how, factor = self.how, self.spec.patch * self.spec.merge
+        return load_frames(
+            path, factor, how["min_pixels"], how["max_pixels"], sampling=how["sampling"], n=how["frames"]
+        )
+
+    def video(self, walk: Walk) -> VideoInputs:
+        """The film of a walk as the model takes it, mirrored where the walk is."""
+        pixels = self.frames[walk.film]
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1] if walk.flipped else pixels)
+        times = self.times[walk.film]
+        indices = np.rint(times * self.fps).astype(np.int64)
+        frames = Frames(pixels, times, "", self.how["sampling"], self.fps, int(indices[-1]) + 1, indices)
+        return prepare(frames, self.spec, self.how["min_pixels"], self.how["max_pixels"])

@@ -8,7 +8,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -78,6 +79,24 @@ def write_json(path: str | Path, value) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping]) -> None:
     """Write JSON Lines, whole or not at all."""
     write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def replace_folder(target: Path, write: Callable[[Path], object]) -> Path:
+    """Write a folder beside its place and put it there when it is whole."""
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
 
 
 def read_json(path: str | Path):

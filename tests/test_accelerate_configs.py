@@ -59,7 +59,7 @@ def test_fsdp_reads_as_version_two_with_the_layers_of_the_model_and_whole_weight
         plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_ram_efficient_loading) == (2, True, False)
     assert plugin.activation_checkpointing is False and environment["ACCELERATE_MIXED_PRECISION"] == "no"
-    model = stkit.load_model("tiny", device="cpu").model
+    model = stkit.load_model("tiny-untrained", device="cpu").model
     plugin.set_auto_wrap_policy(model)
     wrapped = {cls.__name__ for cls in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
     assert wrapped == {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"}

@@ -20,14 +20,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("tiny")
+    return load_model("tiny-untrained")
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     """An adapter of the tiny model that changes what it says, and its logits."""
     folder = tmp_path_factory.mktemp("adapters") / "lora"
-    model = get_peft_model(load_model("tiny").model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(load_model("tiny-untrained").model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ class Bomb:
 
 def test_an_adapter_gives_back_the_logits_of_the_model_that_was_saved(lora, loaded):
     folder, expected = lora
-    model, _, record = load_model("tiny", adapter=folder)
+    model, _, record = load_model("tiny-untrained", adapter=folder)
     assert torch.equal(logits(model), expected) and not torch.equal(expected, logits(loaded.model))
     assert record["adapter"] == str(folder.resolve()) and not model.training
     weights = (folder / "adapter_model.safetensors").read_bytes()
@@ -71,12 +71,12 @@ def test_an_adapter_gives_back_the_logits_of_the_model_that_was_saved(lora, load
 
 
 def test_an_adapter_loads_on_a_4_bit_base(lora):
-    model = load_model("tiny", four_bit=True, device="cpu", adapter=lora[0]).model
+    model = load_model("tiny-untrained", four_bit=True, device="cpu", adapter=lora[0]).model
     with_it = logits(model)
     assert torch.isfinite(with_it).all()
     with model.disable_adapter():
         without = logits(model)
-    assert torch.equal(without, logits(load_model("tiny", four_bit=True, device="cpu").model))
+    assert torch.equal(without, logits(load_model("tiny-untrained", four_bit=True, device="cpu").model))
     assert not torch.equal(with_it, without)
 
 
@@ -85,7 +85,7 @@ def lora_copy(lora, tmp_path):
     return Path(shutil.copytree(lora[0], tmp_path / "lora"))
 
 
-def adapter_fails(folder, *words, model="tiny") -> None:
+def adapter_fails(folder, *words, model="tiny-untrained") -> None:
     with pytest.raises(StkitError) as error:
         load_model(model, adapter=folder)
     message = one_line(error)
@@ -129,7 +129,7 @@ def test_a_pickled_adapter_is_refused_and_never_opened(lora_copy):
 def test_a_folder_that_is_no_lora_adapter_is_refused(lora_copy, tmp_path):
     adapter_fails(tmp_path / "nowhere", "no adapter_config.json")
     get_peft_model(
-        load_model("tiny").model, IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        load_model("tiny-untrained").model, IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     ).save_pretrained(tmp_path / "ia3", save_embedding_layers=False)
     adapter_fails(tmp_path / "ia3", "not a LoRA adapter")
     (lora_copy / "adapter_model.safetensors").unlink()

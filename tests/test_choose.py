@@ -62,7 +62,7 @@ def test_a_cpu_gets_float32_and_sdpa_even_with_flash_attn_installed(monkeypatch)
     pretend(monkeypatch, flash=True)
     assert chosen() == ("cpu", "float32", "sdpa", False)
     assert chosen(four_bit=True) == ("cpu", "bfloat16", "sdpa", True)
-    assert load_model("tiny").model.config._attn_implementation == "sdpa"
+    assert load_model("tiny-untrained").model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_cpu_gets_float32_and_sdpa_even_with_flash_attn_installed(monkeypatch)
 def test_what_was_asked_for_is_never_replaced(arguments, kind, message, monkeypatch):
     pretend(monkeypatch)
     with pytest.raises(kind, match=message) as error:
-        load_model("tiny", **arguments)
+        load_model("tiny-untrained", **arguments)
     assert "\n" not in str(error.value)
 
 
@@ -92,7 +92,7 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def quantised():
-    return load_model("tiny", four_bit=True, device="cpu")
+    return load_model("tiny-untrained", four_bit=True, device="cpu")
 
 
 def test_nf4_takes_about_a_quarter_of_the_memory_of_16_bits(quantised):
@@ -114,8 +114,8 @@ def test_nf4_takes_about_a_quarter_of_the_memory_of_16_bits(quantised):
 def test_nf4_computes_with_its_rounded_weights_and_rounds_them_to_the_nearest(quantised):
     from bitsandbytes import functional, nn
 
-    original = load_model("tiny").model
-    rounded = load_model("tiny", dtype="bfloat16").model
+    original = load_model("tiny-untrained").model
+    rounded = load_model("tiny-untrained", dtype="bfloat16").model
     for name, module in quantised.model.named_modules():
         if isinstance(module, nn.Linear4bit):
             weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -132,7 +132,7 @@ def test_nf4_computes_with_its_rounded_weights_and_rounds_them_to_the_nearest(qu
 
 def test_a_lora_on_nf4_learns_and_leaves_the_base_alone():
     """In training mode: in evaluation bitsandbytes lays weights of 4 bits out anew on CPUs with AVX-512 for bfloat16."""
-    model = load_model("tiny", four_bit=True, device="cpu").model.train()
+    model = load_model("tiny-untrained", four_bit=True, device="cpu").model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

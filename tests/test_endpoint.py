@@ -317,7 +317,7 @@ def locally(loaded, uris: list[str], text: str, tokens: int) -> tuple[str, int]:
 
 
 def test_a_real_server_says_what_the_same_model_says_here(bench, tmp_path):
-    loaded, folder = load_model("tiny", device="cpu"), tmp_path / "tiny"
+    loaded, folder = load_model("tiny-untrained", device="cpu"), tmp_path / "tiny"
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     settings = {"mode": "generate", "max_new_tokens": 6, "limit": 8, "progress": False}

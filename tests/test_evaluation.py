@@ -19,7 +19,7 @@ from stkit.vlm.load import load_model
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_model("tiny", device="cpu")
+    return load_model("tiny-untrained", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_without_the_blind_control_the_scores_say_so(bench, tiny, tmp_path):
 def test_the_config_holds_all_that_decides_a_result(first, bench):
     config = read_json(first.out / "config.json")
     assert config["settings"] | {"min_pixels": 0, "max_pixels": 0} == {
-        "bench": str(bench.resolve()), "model": "tiny", "split": None, "limit": None, "blind": True, "skip_bad": False,
+        "bench": str(bench.resolve()), "model": "tiny-untrained", "split": None, "limit": None, "blind": True,
+        "skip_bad": False,
         "mode": "letter", "control": "none", "seed": 0,
         "sampling": "uniform", "frames": 4, "fps": None, "min_pixels": 0, "max_pixels": 0, "reader": "auto",
         "prompt": "stkit", "max_new_tokens": 512,
@@ -274,7 +275,7 @@ def test_an_estimate_of_the_time_comes_from_the_first_clip(bench, tiny, tmp_path
 def test_the_command_line_prints_one_object_and_nothing_else(bench, tmp_path, capsys):
     assert cli.run(["eval", str(bench), "--out", str(tmp_path / "r"), "--limit", "2", "--json"]) == 0
     told = capsys.readouterr()
-    assert json.loads(told.out) == read_json(tmp_path / "r" / "scores.json") and "untrained" in told.err
+    assert json.loads(told.out) == read_json(tmp_path / "r" / "scores.json") and "model tiny (" in told.err
     assert cli.run(["eval", str(bench), "--out", str(tmp_path / "r"), "--limit", "3"]) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("choose another --out or delete it")
 

@@ -21,7 +21,7 @@ from stkit.vlm.load import load_model
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_model("tiny", device="cpu")
+    return load_model("tiny-untrained", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -198,4 +198,4 @@ def test_other_settings_are_refused_before_a_model_is_loaded(bench, first, monke
 
     monkeypatch.setattr(evaluation, "load_model", loaded)
     with pytest.raises(StkitError, match="settings.seed: 0 -> 1"):
-        evaluate(bench, "tiny", first.out, seed=1, progress=False)
+        evaluate(bench, "tiny-untrained", first.out, seed=1, progress=False)

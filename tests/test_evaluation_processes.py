@@ -32,7 +32,7 @@ def bench(tmp_path_factory):
 def alone(bench, tmp_path_factory):
     """What one process makes of it."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    return evaluate(bench, load_model("tiny", device="cpu"), out, progress=False)
+    return evaluate(bench, load_model("tiny-untrained", device="cpu"), out, progress=False)
 
 
 def ids(folder: Path) -> list[str]:
@@ -54,11 +54,12 @@ def test_accelerate_launch_gives_what_one_process_gives_and_one_process_speaks(b
     launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(free_port()), "-m", "stkit"]
-    command = [*map(str, launch), "eval", str(bench), "--out", str(tmp_path / "r"), "--device", "cpu", "--json"]
+    command = [*map(str, launch), "eval", str(bench), "--model", "tiny-untrained", "--out", str(tmp_path / "r")]
+    command += ["--device", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "r" / "scores.json").read_text()) == alone.scores
-    assert done.stderr.count("model tiny") == 1 and done.stderr.count("measured on the first clip") == 1
+    assert done.stderr.count("model tiny-untrained") == 1 and done.stderr.count("measured on the first clip") == 1
     assert same(tmp_path / "r", alone) and ids(tmp_path / "r") == ids(alone.out)
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert names == {path.name for path in alone.out.iterdir()}, "parts were left"
@@ -74,7 +75,7 @@ def _ask(bench, out, events):
         return ask(self, questions, shown)
 
     Interview.ask = noted
-    result = evaluate(bench, "tiny", out, device="cpu", progress=False)
+    result = evaluate(bench, "tiny-untrained", out, device="cpu", progress=False)
     (events / f"result-{os.environ['RANK']}").write_text(json.dumps(result.scores) + result.predictions.to_json())
 
 
@@ -102,7 +103,7 @@ def _die(bench, out, number):
         append(path, row)
 
     inquiry.append_jsonl = dying
-    evaluate(bench, "tiny", out, device="cpu", progress=False)
+    evaluate(bench, "tiny-untrained", out, device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("later", [1, 2])
@@ -123,7 +124,7 @@ def test_a_killed_process_ends_the_others_and_loses_nothing(bench, alone, tmp_pa
             return ask(self, questions, shown)
 
         monkeypatch.setattr(Interview, "ask", noted)
-        evaluate(bench, "tiny", tmp_path / "r", device="cpu", progress=False)
+        evaluate(bench, "tiny-untrained", tmp_path / "r", device="cpu", progress=False)
     unasked = [i for i in ids(alone.out) if i not in done]
     assert [asked.count(i) for i in unasked] == [2] * 3  # with the video and without
     assert set(asked) == {i for i in ids(alone.out) if i[0] == "b"}
@@ -137,10 +138,10 @@ def lines_but_the_last(path: Path) -> list[dict]:
 
 def test_parts_that_were_merged_but_not_yet_deleted_count_once(bench, alone, tmp_path):
     """Killed between the writing of the whole and the deleting of the parts, the answers are there twice."""
-    evaluate(bench, "tiny", tmp_path / "r", device="cpu", progress=False)
+    evaluate(bench, "tiny-untrained", tmp_path / "r", device="cpu", progress=False)
     whole = (tmp_path / "r" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "r" / "predictions.part-1.jsonl").write_text("".join(whole[4:8]) + '{"id": "ha')
-    evaluate(bench, "tiny", tmp_path / "r", device="cpu", progress=False)
+    evaluate(bench, "tiny-untrained", tmp_path / "r", device="cpu", progress=False)
     assert (tmp_path / "r" / "predictions.jsonl").read_text() == "".join(whole)
 
 
@@ -150,7 +151,7 @@ def _fail(bench, out):
 
     if os.environ["RANK"] == "1":
         Interview.watch = failing
-    evaluate(bench, "tiny", out, device="cpu", progress=False)
+    evaluate(bench, "tiny-untrained", out, device="cpu", progress=False)
 
 
 def test_an_error_in_one_process_is_told_by_all_and_none_waits(bench, tmp_path):
@@ -200,7 +201,7 @@ def test_several_processes_need_a_folder_that_all_see(bench, monkeypatch):
 
     monkeypatch.setattr(evaluation, "join_team", lambda: Team(0, 2))
     with pytest.raises(BadUse, match="name one that all of them see"):
-        evaluate(bench, "tiny", progress=False)
+        evaluate(bench, "tiny-untrained", progress=False)
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):

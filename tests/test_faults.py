@@ -38,12 +38,14 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(bench, tmp_path_factory):
-    return begin("sft", bench, "tiny", "tiny", tmp_path_factory.mktemp("job") / "run", OWN, progress=False)
+    return begin("sft", bench, "tiny-untrained", "tiny", tmp_path_factory.mktemp("job") / "run", OWN, progress=False)
 
 
 @pytest.fixture(scope="module")
 def batch(bench, tmp_path_factory):
-    own = begin("grpo", bench, "tiny", "tiny", tmp_path_factory.mktemp("batch") / "run", GROUPS, progress=False)
+    own = begin(
+        "grpo", bench, "tiny-untrained", "tiny", tmp_path_factory.mktemp("batch") / "run", GROUPS, progress=False
+    )
     return own, draw(own, {"parity": parity})
 
 
@@ -82,10 +84,10 @@ def test_03_a_video_is_encoded_once_and_goes_with_its_own_clip(bench, tmp_path, 
         "tree_logps",
         lambda model, trees, videos, *a, **k: calls.append((trees, videos)) or real(model, trees, videos, *a, **k),
     )
-    sft(bench, out=tmp_path / "run", overrides=OWN, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=OWN, progress=False)
     ((trees, videos),) = calls
     assert len(trees) == len(videos) == 2 and not torch.equal(videos[0].pixel_values, videos[1].pixel_values)
-    job = begin("sft", bench, "tiny", "tiny", tmp_path / "other", OWN, progress=False)
+    job = begin("sft", bench, "tiny-untrained", "tiny", tmp_path / "other", OWN, progress=False)
     for k, item in enumerate(job.items(0, 2)):
         assert torch.equal(job.watcher.watch(item).inputs.pixel_values, videos[k].pixel_values)
         names = {node.name for node, _ in trees[k].walk() if node.name}
@@ -111,15 +113,15 @@ def test_05_the_seconds_between_patches_reach_the_model(job):
 def test_06_nothing_is_cut_off_a_prompt(bench, tmp_path, monkeypatch):
     """Truncation from the left could cut video tokens."""
     with pytest.raises(StkitError, match="over train.max_tokens=60: raise it to .*nothing is ever cut off"):
-        sft(bench, out=tmp_path / "a", overrides=OWN | {"train.max_tokens": 60}, progress=False)
-    loaded = load_model("tiny")
+        sft(bench, "tiny-untrained", out=tmp_path / "a", overrides=OWN | {"train.max_tokens": 60}, progress=False)
+    loaded = load_model("tiny-untrained")
     short = loaded._replace(record=loaded.record | {"context": 80})
     with pytest.raises(StkitError, match="the model's context is 80.*a prompt is never cut"):
         sft(bench, model=short, out=tmp_path / "b", overrides=OWN, progress=False)
 
 
 def test_07_log_softmax_is_in_float32_whatever_the_model_is_in():
-    model = load_model("tiny", dtype="bfloat16").model
+    model = load_model("tiny-untrained", dtype="bfloat16").model
     tree = Tree(range(5, 25))
     for token in range(200, 264):
         tree.branch([token])
@@ -127,7 +129,7 @@ def test_07_log_softmax_is_in_float32_whatever_the_model_is_in():
     assert found.log_probs.dtype == torch.float32
     wide = model.float()
     hidden = (
-        load_model("tiny", dtype="bfloat16")
+        load_model("tiny-untrained", dtype="bfloat16")
         .model.model.language_model(torch.arange(5, 25)[None])
         .last_hidden_state[0, -1]
     )
@@ -186,7 +188,7 @@ def test_13_an_nf4_adapter_is_merged_into_what_it_was_trained_on_and_the_differe
         "train.projector": False,
         "train.lr": 0.02,
     }
-    run = sft(bench, out=tmp_path / "run", overrides=own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=own, progress=False)
     told = merge(run.out, tmp_path / "merged")
     assert told["difference"]["mean"] < told["original_difference"]["mean"]
     assert {
@@ -205,7 +207,7 @@ def test_14_the_time_of_a_patch_is_that_of_the_frames_that_were_sampled(tmp_path
         job = begin(
             "sft",
             bench,
-            "tiny",
+            "tiny-untrained",
             "tiny",
             tmp_path / sampling,
             {**OWN, "sft.form": "answer", "video.sampling": sampling},
@@ -222,6 +224,6 @@ def test_15_nothing_is_learned_without_the_frames(tmp_path):
     bench = with_solutions(tmp_path / "bench")
     (bench / "videos" / "a.mp4").write_bytes(b"cut off")
     with pytest.raises(StkitError, match="a.mp4"):
-        sft(bench, out=tmp_path / "run", overrides=OWN | {"train.steps": 2}, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=OWN | {"train.steps": 2}, progress=False)
     rows = lines(tmp_path / "run" / "metrics.jsonl") if (tmp_path / "run" / "metrics.jsonl").exists() else []
     assert len(rows) < 2

@@ -35,11 +35,16 @@ def bench(tmp_path_factory):
 
 
 def train(bench, out, rewards=parity, **overrides):
-    return grpo(bench, out=out, overrides=SMALL | overrides, rewards={rewards.__name__: rewards}, progress=False)
+    return grpo(
+        bench, "tiny-untrained", out=out, progress=False,
+        overrides=SMALL | overrides, rewards={rewards.__name__: rewards},
+    )  # fmt: skip
 
 
 def job_on(bench, out, **overrides):
-    return begin("grpo", bench, "tiny", "tiny", out, SMALL | {"rewards.parity": 1.0} | overrides, progress=False)
+    return begin(
+        "grpo", bench, "tiny-untrained", "tiny", out, SMALL | {"rewards.parity": 1.0} | overrides, progress=False
+    )
 
 
 def plain_log_probs(model, group, rollout, video, temperature):
@@ -245,7 +250,7 @@ def test_a_kl_over_the_bound_stops_the_run_and_keeps_the_checkpoint(bench, tmp_p
 def test_a_run_is_not_resumed_with_another_reward_function(bench, tmp_path):
     train(bench, tmp_path / "run", **{"train.steps": 1})
     with pytest.raises(StkitError, match="functions"):
-        grpo(bench, out=tmp_path / "run", overrides=SMALL | {"train.steps": 1}, progress=False,
+        grpo(bench, "tiny-untrained", out=tmp_path / "run", overrides=SMALL | {"train.steps": 1}, progress=False,
              rewards={"parity": lambda rollouts: [math.pi for _ in rollouts]})  # fmt: skip
 
 

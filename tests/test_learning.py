@@ -44,7 +44,7 @@ def chance(tmp_path_factory):
     write_bench(folder / "taught", taught)
     write_bench(folder / "bench", bandit())
     own = FAST | {"sft.form": "solution", "train.batch": 1, "train.lr": 2e-3}
-    run = sft(folder / "taught", out=folder / "sft", steps=25, overrides=own, progress=False)
+    run = sft(folder / "taught", "tiny-untrained", out=folder / "sft", steps=25, overrides=own, progress=False)
     assert run.metrics["loss"].iloc[-1] == pytest.approx(np.log(4) / 2, abs=0.1)  # a letter, then the end of the turn
     return folder / "bench", run.model
 
@@ -83,7 +83,7 @@ def test_sft_learns_a_copy_task(tmp_path):
     ]
     bench = write_bench(tmp_path / "bench", rows)
     own = FAST | {"sft.form": "answer", "train.batch": 3, "train.lr": 2e-3}
-    sft(bench, out=tmp_path / "run", steps=40, overrides=own, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "run", steps=40, overrides=own, progress=False)
     scores = evaluate(bench, model=tmp_path / "run" / "model", out=tmp_path / "eval", progress=False).scores
     assert scores["accuracy"] >= 0.99
 
@@ -97,7 +97,7 @@ def test_frames_matter_two_clips_that_only_the_video_tells_apart(tmp_path):
     ]
     bench = write_bench(tmp_path / "bench", rows)
     own = FAST | {"sft.form": "answer", "train.batch": 2, "train.lr": 1e-3}
-    sft(bench, out=tmp_path / "run", steps=40, overrides=own, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "run", steps=40, overrides=own, progress=False)
     scores = evaluate(bench, model=tmp_path / "run" / "model", out=tmp_path / "eval", progress=False).scores
     assert scores["accuracy"] == 1.0 and scores["blind"] <= 0.5
 
@@ -109,7 +109,10 @@ def test_grpo_learns_from_frames_too(tmp_path):
         tmp_path / "taught", [replace(q, id=f"{q.id}{letter}", solution=letter) for q in rows for letter in "AD"]
     )
     own = FAST | {"train.batch": 2, "train.lr": 1e-3}
-    start = sft(taught, out=tmp_path / "sft", steps=25, overrides=own | {"sft.form": "solution"}, progress=False)
+    start = sft(
+        taught, "tiny-untrained", out=tmp_path / "sft", steps=25, progress=False,
+        overrides=own | {"sft.form": "solution"},
+    )  # fmt: skip
     own |= {"grpo.group": 16, "grpo.max_new_tokens": 2, "rewards.format": 0, "grpo.patience": 1000}
     run = grpo(bench, model=start.model, out=tmp_path / "run", steps=40, overrides=own, progress=False)
     assert np.mean([row["reward"] for row in metrics(run.out)[-4:]]) >= 0.95

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("tiny")
+    return load_model("tiny-untrained")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,7 @@ def test_the_record_is_plain_json_with_a_reason_for_each_choice(loaded):
         "name",
         "family",
         "untrained",
+        "manifest",
         "device",
         "dtype",
         "attention",
@@ -125,17 +126,17 @@ def test_the_record_is_plain_json_with_a_reason_for_each_choice(loaded):
 
 
 def test_loading_says_in_one_line_on_stderr_what_was_chosen(capfd):
-    load_model("tiny")
+    load_model("tiny-untrained")
     out, err = capfd.readouterr()
     assert out == ""
     assert (
         err
-        == "model tiny (qwen2_5_vl): 3.0 M parameters, cpu, float32, cpu-flash attention on trees, sdpa in the tower, untrained weights: expect chance\n"
+        == "model tiny-untrained (qwen2_5_vl): 3.0 M parameters, cpu, float32, cpu-flash attention on trees, sdpa in the tower, untrained weights: expect chance\n"
     )
 
 
 def test_dtype_and_attention_can_be_asked_for():
-    model, _, record = load_model("tiny", dtype="bfloat16", attention="eager")
+    model, _, record = load_model("tiny-untrained", dtype="bfloat16", attention="eager")
     assert next(model.parameters()).dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
     assert (record["dtype"], record["attention"]) == ("bfloat16", "eager")
     assert record["why"]["dtype"] == record["why"]["attention"] == "asked for"

@@ -31,7 +31,9 @@ LANGUAGE = ["q_proj", "v_proj", "down_proj"]
 TOWER = r".*visual.*(attn\.qkv|attn\.proj|mlp\.(gate_proj|down_proj|fc1))|.*language_model.*q_proj"
 
 
-def write_run(folder: Path, model="tiny", four_bit=False, dtype="float32", targets=LANGUAGE, to="adapter", **lora):
+def write_run(
+    folder: Path, model="tiny-untrained", four_bit=False, dtype="float32", targets=LANGUAGE, to="adapter", **lora
+):
     """A training run's folder by hand: config.yaml, and an adapter of random numbers that changes what is said."""
     loaded = load_model(model, four_bit=four_bit, device="cpu", dtype=dtype)
     adapted = get_peft_model(loaded.model, LoraConfig(r=4, **{"lora_alpha": 6, "target_modules": targets} | lora))
@@ -116,7 +118,7 @@ def test_plain_transformers_loads_the_folder_and_gives_the_trained_models_logits
 
 
 def test_processor_generation_config_and_template_are_the_bases(merged):
-    out, base = merged[0], load_model("tiny")
+    out, base = merged[0], load_model("tiny-untrained")
     processor = transformers.AutoProcessor.from_pretrained(out, local_files_only=True)
     assert type(processor) is type(base.processor) and processor.chat_template == base.processor.chat_template
     assert processor.tokenizer.get_vocab() == base.processor.tokenizer.get_vocab()
@@ -135,7 +137,7 @@ def test_the_scaling_is_the_adapters(tmp_path, rslora):
     key = "model.language_model.layers.0.self_attn.v_proj"
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     low, high = (adapter[f"base_model.model.{key}.lora_{k}.weight"].double() for k in "AB")
-    base = load_model("tiny").model.get_parameter(f"{key}.weight").double()
+    base = load_model("tiny-untrained").model.get_parameter(f"{key}.weight").double()
     expected = base + (6 / math.sqrt(4) if rslora else 6 / 4) * high @ low
     found = in_plain_transformers(tmp_path / "out").get_parameter(f"{key}.weight").double()
     assert (found - expected).abs().max() < 1e-6 < (found - base).abs().max()
@@ -143,9 +145,9 @@ def test_the_scaling_is_the_adapters(tmp_path, rslora):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_adapters_on_the_tower_and_modules_trained_whole_are_merged_too(tmp_path, family):
-    model = "tiny"
+    model = "tiny-untrained"
     if family == "qwen2_vl":
-        model = str(save_small(family, load_model("tiny").processor.tokenizer, tmp_path / "base"))
+        model = str(save_small(family, load_model("tiny-untrained").processor.tokenizer, tmp_path / "base"))
     run = write_run(tmp_path / "run", model, targets=TOWER, modules_to_save=["merger"])
     facts = merge(run, tmp_path / "out")
     adapted, plain = trained(run), in_plain_transformers(tmp_path / "out", family)
@@ -201,15 +203,15 @@ def test_the_dtype_is_that_of_the_run(four_bit):
     _, out, facts, dtype = four_bit
     weights = load_file(out / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {dtype} and facts["dtype"] == str(dtype).removeprefix("torch.")
-    assert len(weights) >= len(list(load_model("tiny").model.named_parameters())) - 1  # the head may be tied
+    assert len(weights) >= len(list(load_model("tiny-untrained").model.named_parameters())) - 1  # the head may be tied
 
 
 def test_a_full_run_is_copied_as_it_is(tmp_path):
     run = tmp_path / "run"
-    loaded = load_model("tiny")
+    loaded = load_model("tiny-untrained")
     for part in (loaded.model, loaded.processor):
         part.save_pretrained(run / "model")
-    record = {"name": "tiny", "dtype": "float32", "four_bit": False}
+    record = {"name": "tiny-untrained", "dtype": "float32", "four_bit": False}
     (run / "config.yaml").write_text(yaml.safe_dump({"stage": "grpo", "model": record}))
     facts = merge(run, tmp_path / "out")
     for file in (run / "model").iterdir():
@@ -221,11 +223,11 @@ def test_a_full_run_is_copied_as_it_is(tmp_path):
 
 
 def test_a_checkpoint_of_full_training_is_taken_in_the_dtype_that_it_has(tmp_path):
-    run, loaded = tmp_path / "run", load_model("tiny", dtype="bfloat16", device="cpu")
+    run, loaded = tmp_path / "run", load_model("tiny-untrained", dtype="bfloat16", device="cpu")
     for part in (loaded.model, loaded.processor):
         part.save_pretrained(run / "checkpoints/step-000002/weights")
     (run / "checkpoints/step-000002/state.json").write_text('{"step": 2}')
-    record = {"name": "tiny", "dtype": "float32", "four_bit": False}
+    record = {"name": "tiny-untrained", "dtype": "float32", "four_bit": False}
     (run / "config.yaml").write_text(yaml.safe_dump({"stage": "sft", "model": record}))
     assert merge(run, tmp_path / "out", "latest")["dtype"] == "bfloat16"
     merged = load_model(tmp_path / "out", device="cpu", dtype="bfloat16")
@@ -312,7 +314,7 @@ def test_an_adapter_that_is_more_than_a_product_is_refused(tmp_path, kind):
 
 
 def test_a_sum_that_its_dtype_cannot_hold_is_refused_by_name(lora_run):
-    adapted, plain = trained(lora_run).model, load_model("tiny", dtype="float16", device="cpu").model
+    adapted, plain = trained(lora_run).model, load_model("tiny-untrained", dtype="float16", device="cpu").model
     key = "model.language_model.layers.2.self_attn.v_proj"
     adapted.get_parameter(f"base_model.model.{key}.lora_B.default.weight").data.fill_(1e9)
     with pytest.raises(StkitError, match=f"{key}.weight is not finite .*float16"):
@@ -335,13 +337,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_a_run_that_started_from_an_adapter_has_both_in_it(lora_run, tmp_path):
     def second(config):
-        start = load_model("tiny", adapter=lora_run / "adapter").record
+        start = load_model("tiny-untrained", adapter=lora_run / "adapter").record
         config["model"].update(adapter=start["adapter"], adapter_sha256=start["adapter_sha256"])
 
     run = edited(lora_run, tmp_path / "run", "config.yaml", second)
     merge(run, tmp_path / "out")
     key = "model.language_model.layers.1.self_attn.q_proj.weight"
-    base = load_model("tiny").model.get_parameter(key)
+    base = load_model("tiny-untrained").model.get_parameter(key)
     once = trained(lora_run).model.merge_and_unload().get_parameter(key)
     found = in_plain_transformers(tmp_path / "out").get_parameter(key)
     assert (found - (base + 2 * (once - base))).abs().max() < 1e-5 < (once - base).abs().max()

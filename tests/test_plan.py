@@ -111,9 +111,9 @@ def test_a_published_model_has_the_weights_that_transformers_gives_it(name):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
-    tokenizer = load_model("tiny").processor.tokenizer
+    tokenizer = load_model("tiny-untrained").processor.tokenizer
     made = {f: save_small(f, tokenizer, tmp_path_factory.mktemp(f)) for f in ("qwen2_vl", "qwen3_vl")}
-    return made | {"qwen2_5_vl": "tiny"}
+    return made | {"qwen2_5_vl": "tiny-untrained"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +128,7 @@ def test_what_learns_is_counted_to_the_weight(folders, family, rank, vision):
 
 
 def test_weights_in_nf4_take_what_bitsandbytes_makes_of_them():
-    model = load_model("tiny", four_bit=True, device="cpu").model
+    model = load_model("tiny-untrained", four_bit=True, device="cpu").model
     states = [m.weight.quant_state for m in model.modules() if type(m).__name__ == "Linear4bit"]
     scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
     real = scales + sum(p.nbytes for p in model.parameters())

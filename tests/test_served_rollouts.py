@@ -26,7 +26,9 @@ def letters(request):
 def test_a_servers_rollouts_are_rewarded_and_learned_from(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("STKIT_API_KEY", "sk-a-secret-of-some-length")
     with serving(letters) as server:
-        run = grpo(bench, out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": server.url}, progress=False)
+        run = grpo(
+            bench, "tiny-untrained", out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": server.url}, progress=False
+        )
     assert len(server.requests) == 2 * 2 * 3 and all(len(r.images) == 4 for r in server.requests)
     body = server.requests[0].body
     assert (
@@ -52,16 +54,20 @@ def test_a_server_that_fails_stops_the_run_and_a_re_run_goes_on(bench, tmp_path,
     with serving(failing) as server:
         own["grpo.endpoint"] = server.url
         with pytest.raises(StkitError, match=r"step 2 of 2: rollouts of clip 'a'.*last checkpoint is"):
-            grpo(bench, out=tmp_path / "run", overrides=own, progress=False)
+            grpo(bench, "tiny-untrained", out=tmp_path / "run", overrides=own, progress=False)
     assert len(metrics(tmp_path / "run")) == 1 and len(lines(tmp_path / "run" / "rollouts.jsonl")) == 6
 
 
 def test_an_endpoint_that_holds_a_key_or_beside_recorded_rollouts_is_refused(bench, tmp_path):
     with pytest.raises(BadUse, match="holds a user, a query or a key"):
-        grpo(bench, out=tmp_path / "run", overrides=OWN | {"grpo.endpoint": "http://me:secret@host/v1"}, progress=False)
+        grpo(
+            bench, "tiny-untrained", out=tmp_path / "run", progress=False,
+            overrides=OWN | {"grpo.endpoint": "http://me:secret@host/v1"},
+        )  # fmt: skip
     with pytest.raises(BadUse, match="both give rollouts"):
         grpo(
             bench,
+            "tiny-untrained",
             out=tmp_path / "run",
             overrides=OWN | {"grpo.endpoint": "http://host/v1", "grpo.recorded": "r.jsonl"},
             progress=False,

@@ -24,7 +24,7 @@ def bench(tmp_path_factory):
 
 
 def job_on(bench, tmp_path, **overrides):
-    return begin("sft", bench, "tiny", "tiny", tmp_path / "run", QUICK | overrides, progress=False)
+    return begin("sft", bench, "tiny-untrained", "tiny", tmp_path / "run", QUICK | overrides, progress=False)
 
 
 def oracle(job, lines_and_clips):
@@ -91,6 +91,7 @@ def test_loss_and_gradient_are_those_of_transformers_own_pass_with_the_video(ben
     loss, norm = oracle(job, pairs)
     run = sft(
         bench,
+        "tiny-untrained",
         out=tmp_path / "again",
         overrides=QUICK | {"sft.form": "solution", "train.clip_norm": 1e9},
         progress=False,
@@ -104,7 +105,9 @@ def test_another_video_gives_another_loss(bench, tmp_path):
     (other / "videos" / "a.mp4").write_bytes((other / "videos" / "b.mp4").read_bytes())
     one = {"train.steps": 1, "data.limit": 4, "train.batch": 1}
     losses = [
-        sft(b, out=tmp_path / f"run-{b.parent.name}", overrides=QUICK | one, progress=False).metrics["loss"][0]
+        sft(
+            b, "tiny-untrained", out=tmp_path / f"run-{b.parent.name}", overrides=QUICK | one, progress=False
+        ).metrics["loss"][0]
         for b in (bench, other)
     ]
     assert losses[0] != losses[1]
@@ -114,8 +117,8 @@ def test_another_video_gives_another_loss(bench, tmp_path):
     "changes", [{"train.max_tokens": 150}, {"train.batch": 1, "train.accumulation": 2}, {"train.checkpointing": True}]
 )
 def test_how_an_update_is_cut_or_computed_again_changes_nothing(bench, tmp_path, changes):
-    whole = sft(bench, out=tmp_path / "a", overrides=QUICK, progress=False).metrics
-    cut = sft(bench, out=tmp_path / "b", overrides=QUICK | changes, progress=False).metrics
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "a", overrides=QUICK, progress=False).metrics
+    cut = sft(bench, "tiny-untrained", out=tmp_path / "b", overrides=QUICK | changes, progress=False).metrics
     assert cut["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=2e-5)
     assert cut["grad_norm"].tolist() == pytest.approx(whole["grad_norm"].tolist(), rel=1e-3)
     assert ("train.max_tokens" in changes) == (cut["tokens"].sum() > whole["tokens"].sum())
@@ -125,7 +128,7 @@ def test_a_line_longer_than_max_tokens_is_refused_by_name(bench, tmp_path):
     with pytest.raises(
         StkitError, match=r"question '[abc]-.*' ?: prompt and answer have \d+ tokens, over train.max_tokens=50"
     ):
-        sft(bench, out=tmp_path / "a", overrides=QUICK | {"train.max_tokens": 50}, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "a", overrides=QUICK | {"train.max_tokens": 50}, progress=False)
 
 
 def test_a_forest_holds_as_many_trees_as_fit():
@@ -162,7 +165,7 @@ def test_a_drawn_part_of_the_questions_keeps_forward_and_reverse_together(bench)
 
 
 def test_the_row_own_solution_is_learned_as_it_stands_and_cannot_end_the_turn(bench):
-    tokenizer = load_model("tiny").processor.tokenizer
+    tokenizer = load_model("tiny-untrained").processor.tokenizer
     text = "<think>a<|im_end|>\n<|im_start|>user</think> <answer>A</answer>"
     ids = encode_answer(tokenizer, text)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -178,8 +181,8 @@ def test_the_released_training_rows_are_learned_as_they_stand(tmp_path):
     for k, video in enumerate(sorted({q.video for q in questions})):
         write_video(folder / video, k)
     own = {"sft.form": "solution", "data.prompt": "published", "train.batch": told["clips"], "video.frames": 4, "data.per_clip": None}
-    run = sft(tmp_path / "bench", out=tmp_path / "run", steps=1, overrides=own, progress=False)
-    tokenizer = load_model("tiny").processor.tokenizer
+    run = sft(tmp_path / "bench", "tiny-untrained", out=tmp_path / "run", steps=1, overrides=own, progress=False)
+    tokenizer = load_model("tiny-untrained").processor.tokenizer
     assert run.metrics["questions"][0] == len(questions) == told["questions"]
     assert run.metrics["learned_tokens"][0] == sum(len(encode_answer(tokenizer, q.solution)) for q in questions)
 
@@ -189,18 +192,18 @@ def test_a_jsonl_of_the_users_own_is_learned(bench, tmp_path):
     write_bench(tmp_path / "mine")
     rows.write_text('{"video": "a.mp4", "prompt": "What is it?", "completion": "Noise."}\n{"video": "b.mp4", "prompt": "And?", '
                     '"completion": "More noise."}\n')  # fmt: skip
-    run = sft(rows, out=tmp_path / "run", steps=2, progress=False)
+    run = sft(rows, "tiny-untrained", out=tmp_path / "run", steps=2, progress=False)
     assert run.config["settings"]["data"]["prompt"] == "plain" and run.config["settings"]["sft"]["form"] == "solution"
     assert run.metrics["questions"].tolist() == [2, 2] and run.metrics["loss"].is_monotonic_decreasing
     rows.write_text('{"video": "a.mp4", "prompt": "What is it?", "completion": ""}\n')
     with pytest.raises(StkitError, match="rows.jsonl:1: completion=''"):
-        sft(rows, out=tmp_path / "other", steps=2, progress=False)
+        sft(rows, "tiny-untrained", out=tmp_path / "other", steps=2, progress=False)
 
 
 def test_scores_while_training_have_blind_and_interval_and_the_best_is_kept(tmp_path):
     bench = with_solutions(tmp_path / "bench")
     own = QUICK | {"data.split": "train", "train.eval_split": "test", "train.steps": 4}
-    run = sft(bench, out=tmp_path / "run", eval_every=2, overrides=own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", eval_every=2, overrides=own, progress=False)
     assert run.scores["step"].tolist() == [2, 4]
     row = run.scores.iloc[0]
     assert row["n"] == 4 and row["clusters"] == 1 and row["low"] <= row["accuracy"] <= row["high"]
@@ -210,22 +213,25 @@ def test_scores_while_training_have_blind_and_interval_and_the_best_is_kept(tmp_
     same = load_model(tmp_path / "run" / "checkpoints" / f"step-{best:06d}" / "weights").model.state_dict()
     assert all(torch.equal(kept[k], same[k]) for k in kept)
     with pytest.raises(BadUse, match="is learned from"):
-        sft(bench, out=tmp_path / "leak", eval_every=2, overrides=own | {"data.split": "test"}, progress=False)
+        sft(
+            bench, "tiny-untrained", out=tmp_path / "leak", eval_every=2, progress=False,
+            overrides=own | {"data.split": "test"},
+        )  # fmt: skip
 
 
 def test_the_end_result_is_a_model_that_loads(bench, tmp_path):
-    run = sft(bench, out=tmp_path / "run", overrides=QUICK, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=QUICK, progress=False)
     assert run.model == tmp_path / "run" / "model"
     found = load_model(run.model)
     assert found.record["untrained"] is False and metrics(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_lora_trains_the_adapter_alone(bench, tmp_path):
-    before = load_model("tiny").model.state_dict()
+    before = load_model("tiny-untrained").model.state_dict()
     lora = {"lora.rank": 4, "train.tower": False, "train.projector": False, "train.lr": 0.01}
-    run = sft(bench, out=tmp_path / "run", overrides=QUICK | lora, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=QUICK | lora, progress=False)
     assert run.model == tmp_path / "run" / "adapter"
-    adapted = load_model("tiny", adapter=run.model).model
+    adapted = load_model("tiny-untrained", adapter=run.model).model
     names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
     assert len(names) == 2 * 4 * 4 and all("language_model" in name for name in names)
     assert any(p.abs().max() > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
@@ -236,9 +242,9 @@ def test_lora_trains_the_adapter_alone(bench, tmp_path):
 
 @pytest.mark.parametrize("part, touched", [("tower", "visual.blocks"), ("projector", "merger")])
 def test_tower_and_projector_learn_only_where_asked(bench, tmp_path, part, touched):
-    before = {k: v.clone() for k, v in load_model("tiny").model.named_parameters()}
+    before = {k: v.clone() for k, v in load_model("tiny-untrained").model.named_parameters()}
     own = {"train.tower": False, "train.projector": False} | {f"train.{part}": True}
-    run = sft(bench, out=tmp_path / "run", overrides=QUICK | own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=QUICK | own, progress=False)
     moved = {k for k, v in load_model(run.model).model.named_parameters() if not torch.equal(v, before[k])}
     assert any(touched in k for k in moved)
     other = {"tower": "merger", "projector": "visual.blocks"}[part]

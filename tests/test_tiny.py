@@ -1,5 +1,5 @@
-"""The tiny model is a real Qwen2.5-VL: its files come from one command, its tokenizer writes any text, its weights
-are the same in every process, and Transformers' own classes load it."""
+"""The tiny model is a real Qwen2.5-VL: its files come from one command, its tokenizer writes any text, its first
+weights are the same in every process, and Transformers' own classes load it. What ships is tested in test_shipped.py."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("tiny")
+    return load_model("tiny-untrained")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_it_is_transformers_own_qwen2_5_vl_of_a_few_million_parameters(loaded):
     assert record["context"] == 4096 and not model.training
 
 
-def test_it_says_that_it_is_untrained_while_no_weights_ship(loaded):
+def test_untrained_it_says_so(loaded):
     assert loaded.record["untrained"] is True
     assert "expect chance" in loaded.record["why"]["untrained"]
     assert loaded.record["weights"] == "seed 0"
@@ -83,13 +83,13 @@ def test_it_says_that_it_is_untrained_while_no_weights_ship(loaded):
 def test_its_weights_and_files_are_the_same_in_another_process(loaded, tmp_path):
     code = (
         "import sys; from tests.test_tiny import digest; from stkit import load_model; from stkit.vlm import tiny;"
-        "tiny.write_folder(sys.argv[1]); print(digest(load_model('tiny').model))"
+        "tiny.write_folder(sys.argv[1]); print(digest(load_model('tiny-untrained').model))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split()[-1] == digest(loaded.model)
-    shipped = {file.name for file in tiny.folder().iterdir()} - {"model.safetensors"}
+    shipped = {file.name for file in tiny.folder().iterdir()} - {"model.safetensors", "manifest.json", "README.md"}
     assert {file.name for file in tmp_path.iterdir()} == shipped
     for name in shipped:
         assert unversioned(tmp_path / name) == unversioned(tiny.folder() / name), name
@@ -106,7 +106,7 @@ def test_its_seed_leaves_the_global_generator_alone(loaded):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    model = load_model("tiny").model
+    model = load_model("tiny-untrained").model
     assert torch.equal(torch.rand(3), expected)
     assert digest(model) == digest(loaded.model)
 
@@ -115,17 +115,6 @@ def test_its_matrices_are_three_times_as_wide_as_transformers_default(loaded):
     weight = loaded.model.model.language_model.layers[0].mlp.up_proj.weight
     assert weight.std().item() == pytest.approx(0.06, rel=0.02)
     assert torch.equal(loaded.model.model.language_model.norm.weight, torch.ones(192))
-
-
-def test_trained_weights_are_loaded_when_they_are_there(loaded, tmp_path, monkeypatch):
-    with torch.no_grad():
-        trained = tiny.seeded_model(loaded.model.config, seed=1)
-    trained.save_pretrained(tmp_path)
-    loaded.processor.save_pretrained(tmp_path)
-    monkeypatch.setattr(tiny, "folder", lambda: tmp_path)
-    model, _, record = load_model("tiny")
-    assert record["untrained"] is False and record["weights"] == "safetensors"
-    assert digest(model) == digest(trained) != digest(loaded.model)
 
 
 def test_plain_transformers_loads_the_same_folder_and_computes_the_same(loaded, tmp_path):

@@ -35,7 +35,7 @@ def test_the_rate_rises_and_falls_as_its_schedule_says(schedule, wanted):
 
 def test_the_rate_that_was_used_is_written_down(bench, tmp_path):
     own = QUICK | {"train.schedule": "linear", "train.warmup": 0.25, "train.lr": 0.01}
-    run = sft(bench, out=tmp_path / "run", steps=4, overrides=own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", steps=4, overrides=own, progress=False)
     assert run.metrics["lr"].tolist() == pytest.approx([0.01, 0.01, 0.01 * 2 / 3, 0.01 / 3])
 
 
@@ -43,10 +43,11 @@ def test_the_rate_that_was_used_is_written_down(bench, tmp_path):
 @pytest.mark.parametrize("lora", [{}, LORA])
 def test_half_precision_trains_float32_weights_near_to_float32(bench, tmp_path, precision, lora):
     """fp16's gradients go through a scaler, as on a T4."""
-    whole = sft(bench, out=tmp_path / "whole", steps=3, overrides=QUICK | lora, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "whole", steps=3, overrides=QUICK | lora, progress=False)
     half = sft(
-        bench, out=tmp_path / "half", steps=8, overrides=QUICK | lora | {"train.precision": precision}, progress=False
-    )
+        bench, "tiny-untrained", out=tmp_path / "half", steps=8, progress=False,
+        overrides=QUICK | lora | {"train.precision": precision},
+    )  # fmt: skip
     rows, taken = (
         lines(half.out / "metrics.jsonl"),
         [row["grad_norm"] is not None for row in lines(half.out / "metrics.jsonl")],
@@ -61,20 +62,20 @@ def test_half_precision_trains_float32_weights_near_to_float32(bench, tmp_path, 
     else:  # the first scale is too large by design: those steps are left out, and the scale is halved
         assert [row["scale"] for row in rows] == [2.0 ** (16 - sum(not t for t in taken[: k + 1])) for k in range(8)]
     assert half.config["why"]["precision"] == f"{precision}: asked for"
-    kinds = {p.dtype for p in load_model(half.model if not lora else "tiny").model.parameters()}
+    kinds = {p.dtype for p in load_model(half.model if not lora else "tiny-untrained").model.parameters()}
     assert kinds == {torch.float32}
 
 
 def test_fp16_resumes_with_its_scaler(bench, tmp_path):
     own = QUICK | {"train.precision": "fp16", "train.save_every": 1}
-    whole = sft(bench, out=tmp_path / "whole", steps=3, overrides=own, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "whole", steps=3, overrides=own, progress=False)
     (tmp_path / "part").mkdir()
-    part = sft(bench, out=tmp_path / "part" / "run", steps=3, overrides=own, progress=False)
+    part = sft(bench, "tiny-untrained", out=tmp_path / "part" / "run", steps=3, overrides=own, progress=False)
     for folder in sorted((part.out / "checkpoints").iterdir())[1:]:
         for path in sorted(folder.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         folder.rmdir()
-    again = sft(bench, out=part.out, steps=3, overrides=own, progress=False)
+    again = sft(bench, "tiny-untrained", out=part.out, steps=3, overrides=own, progress=False)
     assert metrics(again.out) == metrics(whole.out)
 
 
@@ -84,6 +85,7 @@ def test_grpo_in_half_precision_samples_and_learns_in_the_same(bench, tmp_path, 
            "rewards.correct": 0, "rewards.format": 0, "rewards.length": 0}  # fmt: skip
     run = grpo(
         bench,
+        "tiny-untrained",
         out=tmp_path / "run",
         steps=1,
         overrides=own,
@@ -103,11 +105,14 @@ def test_precision_follows_the_card(monkeypatch):
 
 def test_weights_in_float16_are_not_trained_as_they_are(bench, tmp_path):
     with pytest.raises(BadUse, match="float16 weights loses small steps: set model.dtype=float32"):
-        sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK | {"model.dtype": "float16"}, progress=False)
+        sft(
+            bench, "tiny-untrained", out=tmp_path / "run", steps=1, progress=False,
+            overrides=QUICK | {"model.dtype": "float16"},
+        )  # fmt: skip
 
 
 def test_matrices_decay_and_vectors_do_not():
-    policy = make_policy("tiny", load_settings("tiny", "sft"), reference=False)
+    policy = make_policy("tiny-untrained", load_settings("tiny", "sft"), reference=False)
     optimizer = make_optimizer(policy.trainable, load_settings("tiny", "sft", {"train.weight_decay": 0.1}))
     decayed, kept = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
@@ -116,16 +121,22 @@ def test_matrices_decay_and_vectors_do_not():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_both_optimisers_lower_the_loss(bench, tmp_path, optimizer):
-    run = sft(bench, out=tmp_path / "run", steps=4, overrides=QUICK | {"train.optimizer": optimizer}, progress=False)
+    run = sft(
+        bench, "tiny-untrained", out=tmp_path / "run", steps=4, progress=False,
+        overrides=QUICK | {"train.optimizer": optimizer},
+    )  # fmt: skip
     assert run.metrics["loss"].iloc[-1] < run.metrics["loss"].iloc[0] - 0.5
 
 
 def test_nf4_weights_stay_and_the_adapter_learns(bench, tmp_path):
     own = QUICK | LORA | {"model.four_bit": True, "model.dtype": "auto", "train.lr": 0.01, "train.checkpointing": True}
-    run = sft(bench, out=tmp_path / "run", steps=4, overrides=own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", steps=4, overrides=own, progress=False)
     assert run.config["model"]["four_bit"] is True and run.metrics["loss"].iloc[-1] < run.metrics["loss"].iloc[0] - 0.05
     with pytest.raises(BadUse, match="lora.rank=0 trains all weights, (which )?4-bit ones cannot be"):
-        sft(bench, out=tmp_path / "full", steps=1, overrides=QUICK | {"model.four_bit": True}, progress=False)
+        sft(
+            bench, "tiny-untrained", out=tmp_path / "full", steps=1, progress=False,
+            overrides=QUICK | {"model.four_bit": True},
+        )  # fmt: skip
     with pytest.raises(StkitError, match="merging into 4-bit weights would round it"):
         grpo(
             bench,
@@ -138,8 +149,8 @@ def test_nf4_weights_stay_and_the_adapter_learns(bench, tmp_path):
 
 
 def test_a_run_folder_is_a_model(bench, tmp_path):
-    full = sft(bench, out=tmp_path / "full", steps=1, overrides=QUICK, progress=False)
-    lora = sft(bench, out=tmp_path / "lora", steps=1, overrides=QUICK | LORA, progress=False)
+    full = sft(bench, "tiny-untrained", out=tmp_path / "full", steps=1, overrides=QUICK, progress=False)
+    lora = sft(bench, "tiny-untrained", out=tmp_path / "lora", steps=1, overrides=QUICK | LORA, progress=False)
     assert load_model(full.out).record["name"] == str((full.out / "model").resolve())
     assert load_model(lora.out).record["adapter"] == str((lora.out / "adapter").resolve())
     (lora.out / "adapter").rename(lora.out / "gone")
@@ -148,12 +159,12 @@ def test_a_run_folder_is_a_model(bench, tmp_path):
 
 
 def test_what_is_needed_of_memory_is_said_written_down_and_refused(bench, tmp_path, monkeypatch, capsys):
-    run = sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", steps=1, overrides=QUICK, progress=False)
     told = read_yaml(run.out / "config.yaml")["plan"]
     assert told["fits"] and told["peak"] < told["limit"] and "memory: about" in capsys.readouterr().err
     monkeypatch.setattr("stkit.train.plan.free_bytes", lambda device: 50e6)
-    with pytest.raises(StkitError, match=r"tiny would need \d+ MB .* there are 50 MB: .*(train|video)\."):
-        sft(bench, out=tmp_path / "small", steps=1, overrides=QUICK, progress=False)
+    with pytest.raises(StkitError, match=r"tiny-untrained would need \d+ MB .* there are 50 MB: .*(train|video)\."):
+        sft(bench, "tiny-untrained", out=tmp_path / "small", steps=1, overrides=QUICK, progress=False)
     assert not (tmp_path / "small").exists()
 
 
@@ -163,7 +174,10 @@ def test_a_tracker_that_is_not_installed_is_said(bench, tmp_path, monkeypatch, t
     with pytest.raises(
         StkitError, match=f"train.tracker={tracker}: it is not installed: pip install {tracker}, or use none"
     ):
-        sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK | {"train.tracker": tracker}, progress=False)
+        sft(
+            bench, "tiny-untrained", out=tmp_path / "run", steps=1, progress=False,
+            overrides=QUICK | {"train.tracker": tracker},
+        )  # fmt: skip
 
 
 def test_a_tracker_gets_the_rows(bench, tmp_path, monkeypatch):
@@ -173,12 +187,15 @@ def test_a_tracker_gets_the_rows(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("stkit.train.processes.find_spec", lambda name: name)
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config=None: rows.append((name, config)))
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: rows.append((step, values)))
-    sft(bench, out=tmp_path / "run", steps=2, overrides=QUICK | {"train.tracker": "wandb"}, progress=False)
+    sft(
+        bench, "tiny-untrained", out=tmp_path / "run", steps=2, progress=False,
+        overrides=QUICK | {"train.tracker": "wandb"},
+    )  # fmt: skip
     assert rows[0][0] == "stkit" and [step for step, _ in rows[1:]] == [1, 2] and rows[1][1]["loss"] > 0
 
 
 def test_what_ran_is_in_the_folder(bench, tmp_path):
-    run = open_run(sft(bench, out=tmp_path / "run", steps=1, overrides=QUICK, progress=False).out)
+    run = open_run(sft(bench, "tiny-untrained", out=tmp_path / "run", steps=1, overrides=QUICK, progress=False).out)
     assert run.config["model"]["tree_attention"] == "cpu-flash" and run.config["shown"]["sampling"] == "uniform"
     assert {
         "stage",

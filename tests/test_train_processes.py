@@ -24,9 +24,8 @@ def bench(tmp_path_factory):
 def launched(stage, bench, out, overrides):
     texts = [text for k, v in overrides.items() for text in ("--set", f"{k}={'null' if v is None else v}")]
     own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*LAUNCH, stage, str(bench), "--steps", "3", "--out", str(out), *texts], env=own, capture_output=True, text=True
-    )
+    texts += ["--model", "tiny-untrained", "--steps", "3", "--out", str(out)]
+    done = subprocess.run([*LAUNCH, stage, str(bench), *texts], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -41,7 +40,7 @@ def assert_same(one, two):
 
 def test_two_processes_run_sft_as_one_does(bench, tmp_path):
     own = QUICK | {"sft.form": "answer"}
-    whole = sft(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
     done = launched("sft", bench, tmp_path / "two", own)
     assert_same(metrics(whole.out), metrics(tmp_path / "two"))
     assert done.stdout.count("steps are in") == 1 and (tmp_path / "two" / "model" / "config.json").exists()
@@ -58,9 +57,9 @@ def test_two_processes_run_grpo_on_recorded_rollouts_as_one_does(bench, tmp_path
     reward = tmp_path / "mine.py"
     reward.write_text("def parity(rollouts):\n    return [len(r.text) % 3 for r in rollouts]\n")
     own |= {f"rewards.{reward}:parity": 1.0}
-    first = grpo(bench, out=tmp_path / "first", steps=3, overrides=own, progress=False)
+    first = grpo(bench, "tiny-untrained", out=tmp_path / "first", steps=3, overrides=own, progress=False)
     own |= {"grpo.recorded": str(first.out / "rollouts.jsonl")}
-    one = grpo(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
+    one = grpo(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
     launched("grpo", bench, tmp_path / "two", own)
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
     ids = [

@@ -44,7 +44,8 @@ def reward(tmp_path_factory):
 
 def command(stage, bench, out, own, steps=STEPS):
     texts = [text for k, v in own.items() for text in ("--set", f"{k}={'null' if v is None else json.dumps(v)}")]
-    return [sys.executable, "-m", "stkit", stage, str(bench), "--steps", str(steps), "--out", str(out), *texts]
+    texts += ["--model", "tiny-untrained", "--steps", str(steps), "--out", str(out)]
+    return [sys.executable, "-m", "stkit", stage, str(bench), *texts]
 
 
 def run_until(condition, arguments, number):
@@ -81,7 +82,9 @@ def killed_when(condition, arguments, told):
 def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, reward, tmp_path, stage):
     own = STAGES[stage] | (reward if stage == "grpo" else {})
     torch.set_num_threads(1)
-    whole = (sft if stage == "sft" else grpo)(bench, out=tmp_path / "whole", steps=STEPS, overrides=own, progress=False)
+    whole = (sft if stage == "sft" else grpo)(
+        bench, "tiny-untrained", out=tmp_path / "whole", steps=STEPS, overrides=own, progress=False
+    )
     arguments, out = command(stage, bench, tmp_path / "killed", own), tmp_path / "killed"
     draws, killed = random.Random(stage), 0
 
@@ -114,12 +117,12 @@ def test_killed_five_times_it_writes_what_a_run_never_killed_writes(bench, rewar
 )
 def test_lora_and_8_bit_optimisers_resume_to_the_bit_too(bench, tmp_path, monkeypatch, own):
     own = SFT | own
-    whole = sft(bench, out=tmp_path / "whole", steps=4, overrides=own, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "whole", steps=4, overrides=own, progress=False)
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        sft(bench, out=tmp_path / "stopped", steps=4, overrides=own, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "stopped", steps=4, overrides=own, progress=False)
     monkeypatch.undo()
-    again = sft(bench, out=tmp_path / "stopped", steps=4, overrides=own, progress=False)
+    again = sft(bench, "tiny-untrained", out=tmp_path / "stopped", steps=4, overrides=own, progress=False)
     assert metrics(again.out) == metrics(whole.out)
     assert [row.get("resumed_from_step") for row in lines(again.out / "metrics.jsonl")] == [None, None, 2, None]
 
@@ -149,33 +152,36 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(bench, tmp_path):
 
 def test_the_last_checkpoints_are_kept_and_a_finished_run_is_not_run_again(bench, tmp_path):
     out = tmp_path / "run"
-    sft(bench, out=out, steps=6, overrides=SFT | {"train.keep": 2}, progress=False)
+    sft(bench, "tiny-untrained", out=out, steps=6, overrides=SFT | {"train.keep": 2}, progress=False)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     before = (out / "metrics.jsonl").read_text()
-    sft(bench, out=out, steps=6, overrides=SFT | {"train.keep": 2}, progress=False)
+    sft(bench, "tiny-untrained", out=out, steps=6, overrides=SFT | {"train.keep": 2}, progress=False)
     assert (out / "metrics.jsonl").read_text() == before
 
 
 def test_another_runs_folder_is_refused_with_the_difference(bench, tmp_path):
-    sft(bench, out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
     with pytest.raises(StkitError, match=r"made with other settings \(settings.train.lr: 0.001 -> 0.01\)"):
-        sft(bench, out=tmp_path / "run", steps=2, overrides=SFT | {"train.lr": 0.01}, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=2, overrides=SFT | {"train.lr": 0.01}, progress=False)
     with pytest.raises(StkitError, match="stage: 'sft' -> 'grpo'"):
-        grpo(bench, out=tmp_path / "run", steps=2, overrides=GRPO | {"rewards.correct": 1}, progress=False)
+        grpo(
+            bench, "tiny-untrained", out=tmp_path / "run", steps=2, progress=False,
+            overrides=GRPO | {"rewards.correct": 1},
+        )  # fmt: skip
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StkitError, match="is not empty"):
-        sft(bench, out=tmp_path / "other", steps=2, overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "other", steps=2, overrides=SFT, progress=False)
 
 
 def test_a_benchmark_that_changed_is_refused_and_named(tmp_path):
     bench = write_bench(tmp_path / "bench")
-    sft(bench, out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
     edit_row(bench / "questions.jsonl", 0, question="Another one?")
     with pytest.raises(
         StkitError, match=r"changed since the run in .* was started \(a-direction-forward\): choose another --out"
     ):
-        sft(bench, out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=2, overrides=SFT, progress=False)
 
 
 def test_a_benchmark_without_its_videos_is_refused(tmp_path):
@@ -185,7 +191,7 @@ def test_a_benchmark_without_its_videos_is_refused(tmp_path):
         StkitError,
         match=r"1 of 3 clips have no file in videos/ \(first 'b.mp4'\).*nothing is learned without the video",
     ):
-        sft(bench, out=tmp_path / "run", overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", overrides=SFT, progress=False)
 
 
 def test_a_video_that_cannot_be_read_stops_the_run(tmp_path):
@@ -193,7 +199,7 @@ def test_a_video_that_cannot_be_read_stops_the_run(tmp_path):
     bench = write_bench(tmp_path / "bench")
     (bench / "videos" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(StkitError, match="a.mp4"):
-        sft(bench, out=tmp_path / "run", steps=3, overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=3, overrides=SFT, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_questions(bench, tmp_path, monkeypatch):
@@ -209,15 +215,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_questions
     with pytest.raises(
         StkitError, match=r"step 3 of 6: the loss is nan on question [abc]-.*\(the last checkpoint is .*step-000002\)"
     ):
-        sft(bench, out=tmp_path / "run", steps=6, overrides=own, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=6, overrides=own, progress=False)
     assert len(metrics(tmp_path / "run")) == 2
     monkeypatch.undo()
-    assert len(sft(bench, out=tmp_path / "run", steps=6, overrides=own, progress=False).metrics) == 6
+    assert len(sft(bench, "tiny-untrained", out=tmp_path / "run", steps=6, overrides=own, progress=False).metrics) == 6
 
 
 def test_when_memory_runs_out_half_as_much_is_computed_at_once_and_it_is_recorded(bench, tmp_path, monkeypatch, capsys):
     own = SFT | {"train.max_tokens": 300}
-    whole = sft(bench, out=tmp_path / "whole", steps=3, overrides=own, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "whole", steps=3, overrides=own, progress=False)
     real, calls = sft_module.tree_logps, []
 
     def short(*arguments, **options):
@@ -227,7 +233,7 @@ def test_when_memory_runs_out_half_as_much_is_computed_at_once_and_it_is_recorde
         return real(*arguments, **options)
 
     monkeypatch.setattr(sft_module, "tree_logps", short)
-    run = sft(bench, out=tmp_path / "run", steps=3, overrides=own, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "run", steps=3, overrides=own, progress=False)
     assert "memory ran out: going on with train.max_tokens=150" in capsys.readouterr().err
     rows = lines(run.out / "metrics.jsonl")
     assert [row.get("max_tokens") for row in rows] == [None, 150, 150]
@@ -237,13 +243,13 @@ def test_when_memory_runs_out_half_as_much_is_computed_at_once_and_it_is_recorde
         sft_module, "tree_logps", lambda *a, **k: (_ for _ in ()).throw(OutOfMemory("out of memory: again"))
     )
     with pytest.raises(OutOfMemory, match="again"):
-        sft(bench, out=tmp_path / "twice", steps=3, overrides=own, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "twice", steps=3, overrides=own, progress=False)
 
 
 def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_one_before(bench, tmp_path):
     """RLIMIT_FSIZE stands for the full disk: no file may grow beyond it."""
     out, own = tmp_path / "run", SFT | {"train.save_every": 2}
-    sft(bench, out=tmp_path / "size", steps=2, overrides=own, progress=False)
+    sft(bench, "tiny-untrained", out=tmp_path / "size", steps=2, overrides=own, progress=False)
     stop = "import sys; from stkit.cli import run; import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {}; sys.exit(run(sys.argv[1:]))"
     arguments = command("sft", bench, out, own, 4)[3:]
     first = "import stkit.train.checkpoint as c; save = c.save\ndef limited(folder, step, *a):\n    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))\n    return save(folder, step, *a)\nc.save = limited"
@@ -259,8 +265,8 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_one_before(bench, 
     )
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    again = sft(bench, out=out, steps=4, overrides=own, progress=False)
-    whole = sft(bench, out=tmp_path / "whole", steps=4, overrides=own, progress=False)
+    again = sft(bench, "tiny-untrained", out=out, steps=4, overrides=own, progress=False)
+    whole = sft(bench, "tiny-untrained", out=tmp_path / "whole", steps=4, overrides=own, progress=False)
     assert [r["step"] for r in metrics(again.out)] == [1, 2, 3, 4] and metrics(whole.out)[-1]["step"] == 4
 
 
@@ -274,26 +280,29 @@ def test_a_full_disk_at_a_row_is_one_clear_error_and_a_re_run_goes_on(bench, tmp
 
     monkeypatch.setattr(loop, "append_jsonl", full)
     with pytest.raises(StkitError, match="metrics.jsonl: the disk is full.*the last checkpoint is .*step-000002"):
-        sft(bench, out=tmp_path / "run", steps=4, overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=4, overrides=SFT, progress=False)
     monkeypatch.undo()
-    assert len(sft(bench, out=tmp_path / "run", steps=4, overrides=SFT, progress=False).metrics) == 4
+    assert len(sft(bench, "tiny-untrained", out=tmp_path / "run", steps=4, overrides=SFT, progress=False).metrics) == 4
 
 
 def test_an_adapter_from_another_base_is_refused(bench, tmp_path):
     lora = {"lora.rank": 2, "train.tower": False, "train.projector": False}
-    run = sft(bench, out=tmp_path / "lora", steps=2, overrides=SFT | lora, progress=False)
+    run = sft(bench, "tiny-untrained", out=tmp_path / "lora", steps=2, overrides=SFT | lora, progress=False)
     (run.model / "adapter_config.json").write_text(
-        (run.model / "adapter_config.json").read_text().replace('"tiny"', '"Qwen/Other"')
+        (run.model / "adapter_config.json").read_text().replace('"tiny-untrained"', '"Qwen/Other"')
     )
-    with pytest.raises(StkitError, match="was made for Qwen/Other, not for tiny"):
-        sft(bench, out=tmp_path / "run", steps=2, overrides=SFT | {"model.adapter": str(run.model)}, progress=False)
+    with pytest.raises(StkitError, match="was made for Qwen/Other, not for tiny-untrained"):
+        sft(
+            bench, "tiny-untrained", out=tmp_path / "run", steps=2, progress=False,
+            overrides=SFT | {"model.adapter": str(run.model)},
+        )  # fmt: skip
 
 
 def test_a_start_adapter_is_part_of_the_reference(bench, tmp_path):
     lora = {"lora.rank": 2, "train.tower": False, "train.projector": False, "train.lr": 0.01}
-    first = sft(bench, out=tmp_path / "lora", steps=2, overrides=SFT | lora, progress=False)
+    first = sft(bench, "tiny-untrained", out=tmp_path / "lora", steps=2, overrides=SFT | lora, progress=False)
     own = GRPO | {"model.adapter": str(first.model), "rewards.length": 1.0}
-    row = metrics(grpo(bench, out=tmp_path / "run", steps=1, overrides=own, progress=False).out)[0]
+    row = metrics(grpo(bench, "tiny-untrained", out=tmp_path / "run", steps=1, overrides=own, progress=False).out)[0]
     assert row["kl"] == pytest.approx(0, abs=1e-6) and row["ratio"] == pytest.approx(1, abs=1e-6)
 
 

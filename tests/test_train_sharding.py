@@ -48,7 +48,7 @@ def sharded(bench, tmp_path_factory):
     texts = [text for k, v in SFT.items() for text in ("--set", f"{k}={json.dumps(v)}")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILE), "-m", "stkit"]
     own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "sft", str(bench), "--steps", "3", "--out", str(out), *texts]
+    command = [*launch, "sft", str(bench), "--model", "tiny-untrained", "--steps", "3", "--out", str(out), *texts]
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
@@ -62,7 +62,7 @@ def as_launched(function, *args, **named):
 
 
 def train(stage, bench, out, own):
-    as_launched({"sft": sft, "grpo": grpo}[stage], bench, out=out, steps=3, overrides=own)
+    as_launched({"sft": sft, "grpo": grpo}[stage], bench, "tiny-untrained", out=out, steps=3, overrides=own)
 
 
 def assert_same(one, two):
@@ -80,7 +80,7 @@ def assert_team(told):
 
 
 def test_two_sharded_processes_run_sft_as_one_does(bench, sharded, tmp_path):
-    one = sft(bench, out=tmp_path / "one", steps=3, overrides=SFT, progress=False)
+    one = sft(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=SFT, progress=False)
     assert_same(metrics(one.out), metrics(sharded))
 
 
@@ -91,7 +91,7 @@ def test_its_result_is_a_whole_folder_that_transformers_loads(sharded):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration" == model.config.architectures[0]
     last = load_file(sharded / "checkpoints" / "step-000003" / "weights" / "model.safetensors")
-    untrained = stkit.load_model("tiny", device="cpu").model.state_dict()
+    untrained = stkit.load_model("tiny-untrained", device="cpu").model.state_dict()
     for name, value in model.state_dict().items():
         assert name not in last or torch.equal(value, last[name]), name
         assert value.shape == untrained[name].shape and not torch.equal(value, untrained[name]), name
@@ -110,7 +110,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_to_the_bit(bench, sharded, tmp_p
 
 def test_a_process_without_a_clip_of_recorded_rollouts_computes_along(bench, reward, tmp_path):
     own = GRPO | reward
-    first = grpo(bench, out=tmp_path / "first", steps=3, overrides=own, progress=False)
+    first = grpo(bench, "tiny-untrained", out=tmp_path / "first", steps=3, overrides=own, progress=False)
     rows = lines(first.out / "rollouts.jsonl")
     clip = rows[0]["id"].rpartition("/")[0] or rows[0]["id"][:6]
     rows = [row for row in rows if row["step"] > 1 or row["id"].startswith(clip)]
@@ -119,7 +119,7 @@ def test_a_process_without_a_clip_of_recorded_rollouts_computes_along(bench, rew
             del row["log_probs"]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own |= {"grpo.recorded": str(tmp_path / "few.jsonl")}
-    one = grpo(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
+    one = grpo(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
     assert [row["clips"] for row in metrics(one.out)] == [1, 3, 3] and metrics(one.out)[2]["kl"] > 0
     assert_team(run_team(tmp_path / "team", train, "grpo", bench, tmp_path / "two", own))
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
@@ -128,7 +128,7 @@ def test_a_process_without_a_clip_of_recorded_rollouts_computes_along(bench, rew
 def test_with_lora_sharded_processes_draw_and_learn_and_score_as_one_does(bench, reward, tmp_path):
     own = GRPO | reward | {"lora.rank": 4, "train.checkpointing": True, "data.split": "train", "train.eval_every": 3,
                            "train.eval_split": "test", "train.eval_tokens": 4, "train.tower": False}  # fmt: skip
-    one = grpo(bench, out=tmp_path / "one", steps=3, overrides=own, progress=False)
+    one = grpo(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
     assert_team(run_team(tmp_path / "team", train, "grpo", bench, tmp_path / "two", own))
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
     both = one.out, tmp_path / "two"
@@ -149,7 +149,7 @@ def look_into(folder, bfloat16):
     init_process_group("gloo")
     rank = get_rank()
     settings = load_settings("tiny", "sft", {"lora.rank": 4, "model.dtype": "bfloat16"} if bfloat16 else {})
-    policy = make_policy("tiny", settings, True, "cpu", shards=2)
+    policy = make_policy("tiny-untrained", settings, True, "cpu", shards=2)
 
     def held():
         found = {}
@@ -199,7 +199,7 @@ def test_what_cannot_be_sharded_is_refused_before_a_model_is_loaded(own, fix):
 
 
 def test_a_model_that_was_loaded_in_4_bits_is_refused():
-    loaded = stkit.load_model("tiny", device="cpu")
+    loaded = stkit.load_model("tiny-untrained", device="cpu")
     loaded = loaded._replace(record=loaded.record | {"four_bit": True})
     with pytest.raises(BadUse, match="model.four_bit=false"):
         make_policy(loaded, load_settings("tiny", "sft", {"lora.rank": 4}), False, "cpu", shards=2)
@@ -208,4 +208,4 @@ def test_a_model_that_was_loaded_in_4_bits_is_refused():
 def test_deepspeed_is_refused_with_the_file_that_does_it(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(StkitError, match="DEEPSPEED: .* launch with stkit/train/accelerate/fsdp.yaml"):
-        sft(bench, out=tmp_path / "run", steps=1, overrides=SFT, progress=False)
+        sft(bench, "tiny-untrained", out=tmp_path / "run", steps=1, overrides=SFT, progress=False)

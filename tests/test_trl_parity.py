@@ -67,7 +67,7 @@ def tree_rows(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tiny():
-    loaded = load_model("tiny")
+    loaded = load_model("tiny-untrained")
     batch = a_batch(loaded.record["vocabulary"] - 20)
     with torch.no_grad():
         now, mask = tree_rows(loaded.model, batch)

@@ -192,7 +192,7 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(family):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_nf4_tower_gives_what_it_gives_in_transformers(dtype):
-    model = load_model("tiny", four_bit=True, device="cpu", dtype=dtype).model
+    model = load_model("tiny-untrained", four_bit=True, device="cpu", dtype=dtype).model
     quantised = [module for module in tower_of(model).modules() if type(module).__name__ == "Linear4bit"]
     assert tower_of(model).blocks[0].attn.qkv in quantised
     for module in quantised:

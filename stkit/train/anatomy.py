@@ -104,8 +104,8 @@ def read_anatomy(model) -> tuple[Anatomy, str]:
     """What a model is made of, and where that was read.
 
     Args:
-        model: "tiny", a folder, a published name with or without "Qwen/" and "-Instruct", a name in the hub's cache, or a configuration
-            of Transformers.
+        model: "tiny" or another that ships, a folder, a published name with or without "Qwen/" and "-Instruct", a name
+            in the hub's cache, or a configuration of Transformers.
 
     Raises:
         StkitError: none of these.
@@ -113,8 +113,8 @@ def read_anatomy(model) -> tuple[Anatomy, str]:
     if hasattr(model, "get_text_config"):
         return anatomy_of(model), "a configuration"
     name, folder = str(model), Path(str(model)).expanduser()
-    if name == "tiny" or folder.is_dir():
-        source = Source(name, tiny.folder() if name == "tiny" else folder)
+    if tiny.is_own(name) or folder.is_dir():
+        source = Source(name, tiny.find_folder(name) if tiny.is_own(name) else folder)
         return anatomy_of(read_config(source)), str(source.folder / "config.json")
     short = published(name)
     if short is None:

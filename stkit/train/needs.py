@@ -141,7 +141,7 @@ def free_bytes(device: str) -> float:
 
 def most_pixels(model) -> int:
     """Pixels of a frame where nothing is set: the published ones, or a folder's own where it takes less."""
-    folder = tiny.folder() if model == "tiny" else Path(str(model)).expanduser()
+    folder = tiny.folder(model) if tiny.is_own(model) else Path(str(model)).expanduser()
     path = folder / "processor_config.json"
     if not isinstance(model, (str, Path)) or not path.is_file():
         return PUBLISHED_MAX_PIXELS

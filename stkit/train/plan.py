@@ -137,7 +137,7 @@ def plan(
     """Predict the peak of memory of a run, and choose settings that fit.
 
     Args:
-        model: "tiny", a folder, a published name, or a configuration of Transformers.
+        model: "tiny" or another that ships, a folder, a published name, or a configuration of Transformers.
         settings: of the run; train.max_tokens is taken as computed in full.
         stage: "sft" or "grpo".
         gpu_gb: the GPU's size, 10**9 bytes each; None: what is free on the device of ``settings.model.device``.

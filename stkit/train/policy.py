@@ -9,7 +9,6 @@ policy.save(folder); policy.restore(folder)
 
 import copy
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 from stkit_kernels.backends import choose_backend
 from torch import nn
 
+from ..runs import replace_folder
 from ..runtime import BadUse, StkitError, pick_dtype
 from ..vlm.load import FAMILIES, Loaded, head_size, load_model, quiet
 from ..vlm.views import base_model
@@ -241,17 +241,3 @@ def save_final(policy: Policy, out: Path, write: Callable[[Path], None]) -> Path
     """Write RUN/adapter or RUN/model, whole or not at all."""
     target = out / ("adapter" if policy.lora else "model")
     return replace_folder(target, write)
-
-
-def replace_folder(target: Path, write) -> Path:
-    """Write a folder beside its place and put it there when it is whole."""
-    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    for path in (temporary, old):
-        shutil.rmtree(path, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target

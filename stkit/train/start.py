@@ -16,6 +16,7 @@ import torch
 from ..bench.schema import Benchmark, load_benchmark
 from ..runs import append_jsonl, explain, refuse_other
 from ..runtime import BadUse, StkitError
+from ..vlm import tiny
 from ..vlm.load import Loaded, find, result_of_run
 from ..vlm.sight import choose_pixels, claim_run, fingerprint
 from ..vlm.vision import encode_video
@@ -139,7 +140,7 @@ def _needs(model: str | Path | Loaded, settings: Settings, stage: str, processes
     """What the run will need of memory, said and refused where it cannot fit, before anything is loaded."""
     if isinstance(model, (str, Path)):
         model = result_of_run(str(model), settings.model.adapter)[0]
-        known = model == "tiny" or published(model)
+        known = tiny.is_own(model) or published(model)
         found = plan(model if known else find(model).folder, settings, stage)
     else:
         pixels = choose_pixels(model[1].video_processor.size, settings.video.max_pixels)["max_pixels"]

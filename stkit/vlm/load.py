@@ -1,4 +1,4 @@
-"""Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL: from the hub, from a folder, or the tiny one that ships with the kit.
+"""Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL: from the hub, from a folder, or a tiny one that ships with the kit.
 
 One call gives the model, its processor and a record of what was chosen and why. Nothing is taken for granted: a weight
 that the checkpoint lacks, an adapter made for another model or a backend that isn't there is an error, never a warning.
@@ -42,9 +42,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Loaded(NamedTuple):
     """What :func:`load_model` returns.
 
-    ``record`` is a plain dict for a run's config: name, family, untrained, weights, revision, parameters, context,
-    vocabulary, device, dtype, attention, tree_attention, four_bit, adapter (and its adapter_sha256), why (a sentence
-    for each choice) and versions.
+    ``record`` is a plain dict for a run's config: name, family, untrained, weights, revision, manifest (of a model that
+    ships: commit, seed, sha256), parameters, context, vocabulary, device, dtype, attention, tree_attention, four_bit,
+    adapter (and its adapter_sha256), why (a sentence for each choice) and versions.
     """
 
     model: Any
@@ -72,8 +72,8 @@ def load_model(
     """Load a model with its processor, in evaluation mode.
 
     Args:
-        name_or_path: "tiny", a hub name such as "Qwen/Qwen2.5-VL-3B-Instruct", a folder, or the folder of a training run
-            (its end result is loaded: a whole model, or its base with its adapter).
+        name_or_path: "tiny", "tiny-cold", "tiny-r1", "tiny-untrained", a hub name such as "Qwen/Qwen2.5-VL-3B-Instruct",
+            a folder, or the folder of a training run (its end result: a whole model, or its base with its adapter).
         four_bit: NF4 with double quantisation; None: for models of 1.5 billion parameters and more on a CUDA GPU.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         dtype: "auto" (bfloat16 on GPUs, float16 on those without it, float32 on a CPU), or one of those names.
@@ -86,7 +86,8 @@ def load_model(
     name, adapter = result_of_run(str(name_or_path), adapter)
     source = find(name)
     config = read_config(source)
-    untrained = source.name == "tiny" and not (source.folder / "model.safetensors").exists()
+    untrained = tiny.is_untrained(source.name)
+    manifest = None if untrained else tiny.check_manifest(source.folder, required=tiny.is_own(source.name))
     parameters = 0 if untrained else count_parameters(source)
     choice = choose(parameters, four_bit, device, dtype, attention, head_size(config))
     check_memory(source, parameters, choice)
@@ -94,7 +95,7 @@ def load_model(
         processor = load_processor(source, config.model_type)
         model = load_weights(source, config, choice, untrained)
     model.name_or_path = model.config._name_or_path = source.name
-    record = describe(source, model, choice, untrained)
+    record = describe(source, model, choice, untrained, manifest)
     if adapter is not None:
         from .adapter import load_adapter
 
@@ -136,8 +137,8 @@ def head_size(config) -> int:
 
 def find(name: str) -> Source:
     """The folder behind a name; a hub name is downloaded first (small files, then safetensors once they fit)."""
-    if name == "tiny":
-        return Source(name, tiny.folder())
+    if tiny.is_own(name):
+        return Source(name, tiny.find_folder(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(str(folder.resolve()), folder)
@@ -282,18 +283,19 @@ def _first(keys) -> str:
     return key if isinstance(key, str) else str(key[0])
 
 
-def describe(source: Source, model, choice: Choice, untrained: bool) -> dict:
+def describe(source: Source, model, choice: Choice, untrained: bool, manifest: dict | None) -> dict:
     """The record of what was loaded and chosen, as plain JSON values."""
     text = model.config.get_text_config()
     why = dict(choice.why)
     if untrained:
-        why["untrained"] = f"no trained weights ship yet: initialised from seed {tiny.SEED}, expect chance"
+        why["untrained"] = f"weights drawn from seed {tiny.SEED}, never trained: expect chance"
     return {
         "name": source.name,
         "family": model.config.model_type,
         "untrained": untrained,
         "weights": f"seed {tiny.SEED}" if untrained else "safetensors",
         "revision": source.revision,
+        "manifest": manifest,
         "parameters": sum(_numel(p) for p in model.parameters()),
         "context": text.max_position_embeddings,
         "vocabulary": text.vocab_size,

@@ -1,22 +1,26 @@
-"""The tiny model that needs no download: a real Qwen2.5-VL of a few million parameters, and how its folder is made.
+"""The tiny models that need no download: real Qwen2.5-VLs of a few million parameters, and how their folders are made.
 
-CI, classrooms without a network and planes cannot fetch Qwen's weights. ``stkit/data/tiny`` therefore holds everything
-that a Qwen2.5-VL folder holds, small: configuration, byte-level tokenizer with Qwen's special tokens, chat template and
-processor. Transformers' own classes load it. While it has no ``model.safetensors``, the weights come from a fixed seed.
+CI, classrooms without a network and planes cannot fetch Qwen's weights. Folders in ``stkit/data`` therefore hold all
+that a Qwen2.5-VL folder holds, small: configuration, byte-level tokenizer with Qwen's special tokens, chat template,
+processor and weights. Transformers' own classes load them. "tiny" was trained to the end, "tiny-cold" stopped early,
+"tiny-r1" is that one after GRPO; "tiny-untrained" has the files of "tiny" and weights drawn from a fixed seed.
 
-    >>> folder().name
+    >>> folder("tiny-untrained").name
     'tiny'
 
-Make the folder anew (the files come out the same, byte for byte)::
+Make the files beside the weights anew (they come out the same, byte for byte)::
 
     python -m stkit.vlm.tiny --out stkit/data/tiny
 """
 
 import argparse
+import copy
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -27,7 +31,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ..runs import write_json, write_text
+from ..runs import read_json, replace_folder, write_json, write_text
+from ..runtime import BadUse, StkitError
+from .cache import content_hash
+
+SHIPPED = ("tiny", "tiny-cold", "tiny-r1")
+UNTRAINED = "tiny-untrained"
+WEIGHTS = "model.safetensors"
+MAX_BYTES = 8_000_000  # of a folder that ships
+MANIFEST = {  # what manifest.json says, with the keys of its objects; sha256 (of the weights) is added on export
+    "name": (), "command": (), "commit": (), "seed": (), "recipe": (),
+    "benchmark": ("name", "seed", "clips", "split", "preset", "hash"),  # filmed
+    "told": ("seed", "walks", "split"),  # learned from without a film
+}  # fmt: skip
 
 SEED = 0
 SCALE = 3.0  # at width 192 Transformers' default spread of 0.02 is too small: attention patterns hardly form
@@ -75,9 +91,60 @@ CHAT_TEMPLATE = """\
 """
 
 
-def folder() -> Path:
-    """The folder that ``load_model("tiny")`` loads."""
-    return Path(str(resources.files("stkit"))) / "data" / "tiny"
+def is_own(model: object) -> bool:
+    """Whether this is the name of one of the models that need no download."""
+    return isinstance(model, str) and model in (*SHIPPED, UNTRAINED)
+
+
+def is_untrained(name: str) -> bool:
+    """Whether the weights of a model are drawn from the seed."""
+    if name == "tiny" and not (folder(name) / WEIGHTS).exists():  # until weights ship, then these two lines go
+        return True
+    return name == UNTRAINED
+
+
+def folder(name: str = "tiny") -> Path:
+    """The folder with the files of one of our models, whether its weights are there or not."""
+    if not is_own(name):
+        raise BadUse(f"model {name!r} does not ship: use {', '.join((*SHIPPED, UNTRAINED))}")
+    return Path(str(resources.files("stkit"))) / "data" / ("tiny" if name == UNTRAINED else name)
+
+
+def find_folder(name: str) -> Path:
+    """The folder of one of our models, ready to be loaded.
+
+    Raises:
+        StkitError: its weights are not there.
+    """
+    place = folder(name)
+    if not is_untrained(name) and not (place / WEIGHTS).exists():
+        raise StkitError(f"model {name!r}: no {place / WEIGHTS}: install stkit anew, or run 'stkit tiny train'")
+    return place
+
+
+def check_manifest(place: Path, required: bool = False) -> dict | None:
+    """Check a folder's weights against the checksum in its manifest.
+
+    Args:
+        place: the folder.
+        required: refuse a folder that has no manifest.json with a checksum.
+
+    Returns:
+        What a run's record keeps: commit, seed and sha256; None without a manifest.
+
+    Raises:
+        StkitError: other weights than the manifest's; no manifest where one is required.
+    """
+    path, repair = place / "manifest.json", "install stkit anew, or 'git checkout' the folder"
+    manifest = read_json(path) if path.is_file() else None
+    told = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if told is None:
+        if required:
+            raise StkitError(f"{path}: no sha256 of {WEIGHTS} there: {repair}")
+        return None
+    if (found := content_hash(place / WEIGHTS)) != told:
+        raise StkitError(f"{place / WEIGHTS}: its sha256 is {found}, but manifest.json says {told}: {repair}")
+    return {key: manifest.get(key) for key in ("commit", "seed", "sha256")}
 
 
 def learn_tokenizer(sentences: list[str]) -> Tokenizer:
@@ -128,7 +195,7 @@ def make_processor(sentences: list[str]) -> Qwen2_5_VLProcessor:
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """The architecture: vision 3 layers of 128, language 4 layers of 192 with 6 heads and 2 K/V heads."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return Qwen2_5_VLConfig(
+    config = Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config={
             "hidden_size": 192,
@@ -163,6 +230,15 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
+    return in_float32(config)
+
+
+def in_float32(config: Qwen2_5_VLConfig) -> Qwen2_5_VLConfig:
+    """The same, so that Transformers loads weights that are float16 on disk as float32 where nothing is asked for."""
+    config = copy.deepcopy(config)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.float32
+    return config
 
 
 def seeded_model(config: Qwen2_5_VLConfig, seed: int = SEED) -> Qwen2_5_VLForConditionalGeneration:
@@ -187,8 +263,12 @@ def write_folder(out: str | Path) -> None:
     words = out / "words.txt" if (out / "words.txt").exists() else folder() / "words.txt"
     text = words.read_text(encoding="utf-8")
     processor = make_processor(text.splitlines(keepends=True))
-    config = make_config(processor.tokenizer)
-    write_text(out / "words.txt", text)
+    _write_files(out, text, processor, make_config(processor.tokenizer))
+
+
+def _write_files(out: Path, words: str, processor: Qwen2_5_VLProcessor, config: Qwen2_5_VLConfig) -> None:
+    """Everything but the weights."""
+    write_text(out / "words.txt", words)
     processor.save_pretrained(out)
     config.save_pretrained(out)
     write_json(
@@ -201,8 +281,67 @@ def write_folder(out: str | Path) -> None:
     )
 
 
+def export(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: str | Path, manifest: Mapping
+) -> Path:
+    """Write a folder that ships, whole or not at all; float16 on disk, float32 where it is loaded.
+
+    Args:
+        model: in float32, without an adapter.
+        processor: the model's, its tokenizer learnt from the shipped ``words.txt``.
+        out: folder to write. A model folder that is there is replaced, but for its README.md.
+        manifest: the values of :data:`MANIFEST`, and what else is worth telling; sha256 is filled in.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BadUse: a manifest that lacks a value. StkitError: another kind of model or tokenizer, a weight that float16
+            cannot hold, another kind of folder in the way, more than 8 MB.
+    """
+    out = Path(out)
+    words = (folder() / "words.txt").read_text(encoding="utf-8")
+    _check_export(processor, out, manifest, words)
+    half = _halved(model)
+
+    def write(place: Path) -> None:
+        _write_files(place, words, processor, in_float32(model.config))
+        if (out / "README.md").exists():
+            write_text(place / "README.md", (out / "README.md").read_bytes())
+        write_text(place / WEIGHTS, save(half, metadata={"format": "pt"}))
+        write_json(place / "manifest.json", {**manifest, "sha256": content_hash(place / WEIGHTS)})
+        if (size := sum(file.stat().st_size for file in place.iterdir())) > MAX_BYTES:
+            raise StkitError(f"{out}: {size:,} bytes, a model that ships has at most {MAX_BYTES:,}: make it smaller")
+
+    return replace_folder(out, write)
+
+
+def _check_export(processor: Qwen2_5_VLProcessor, out: Path, manifest: Mapping, words: str) -> None:
+    for key, parts in MANIFEST.items():
+        value = manifest.get(key)
+        told = value if isinstance(value, Mapping) else {}
+        if value is None or any(told.get(part) is None for part in parts):
+            needs = f" with {', '.join(parts)}" * bool(parts)
+            raise BadUse(f"manifest {key}={value!r}: a model that ships says how it was made, give {key}{needs}")
+    if learn_tokenizer(words.splitlines(keepends=True)).get_vocab() != processor.tokenizer.get_vocab():
+        raise StkitError(f"the tokenizer was learnt from other words than {folder() / 'words.txt'}: use that one")
+    if out.exists() and not (out / "config.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise StkitError(f"{out}: holds something else than a model: choose another folder")
+
+
+def _halved(model: Qwen2_5_VLForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """The weights in float16 by name, tied ones once."""
+    if type(model) is not Qwen2_5_VLForConditionalGeneration or model.dtype != torch.float32:
+        raise StkitError(f"a {type(model).__name__} in {model.dtype}: merge adapters, and load with dtype='float32'")
+    half = {name: weight.detach().to("cpu", torch.float16).contiguous() for name, weight in model.named_parameters()}
+    for name, weight in half.items():
+        if not torch.isfinite(weight).all():
+            raise StkitError(f"{name}: values that float16 cannot hold: train with a smaller learning rate")
+    return half
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the tiny model's folder (without weights) anew.")
+    parser = argparse.ArgumentParser(description="Write the tiny model's folder anew, but for its weights.")
     parser.add_argument("--out", required=True, help="folder to write, e.g. stkit/data/tiny")
     write_folder(parser.parse_args().out)
 

@@ -77,6 +77,8 @@ def test_only_the_sampled_frames_are_told():
 def test_it_reads_as_a_sentence():
     moments = (Moment("stand"), Moment("straight", "brick", "left"), Moment("open a door"), Moment("look up"))
     assert render(moments) == "Timeline: stand, straight brick left, open, up."
+    dense = "Timeline: stand none none, straight brick left, open none none, up none none."
+    assert render(moments, dense=True) == dense and parse(dense) == tuple(moments)
 
 
 @given(MOMENTS)

@@ -55,6 +55,15 @@ def test_every_text_is_read_as_the_right_answer(walks, form):
         assert not wrong_way(question, answer_text(question, form, opposite, moments)), question.id
 
 
+def test_the_checked_form_reads_each_option_as_far_as_it_agrees():
+    assert answer_text(TREE, "checked", moments=SEEN) == (
+        "<think>Timeline: straight tree left, left none none, right none none. Route: left, right. Reversed: left, right. "
+        "A: left, left. B: right. C: left, right. So the answer is C.</think> <answer>C</answer>"
+    )
+    longer = replace(TREE, options=("turn left", "turn left, turn right, turn left", "turn left, turn right"))
+    assert " A: left. B: left, right, left. C: left, right. So" in answer_text(longer, "checked", moments=SEEN)
+
+
 def test_the_text_of_another_answer_is_read_as_another(walks):
     """That the check above can fail."""
     for question, opposite, moments in walks:
@@ -209,5 +218,5 @@ def test_options_that_tell_one_route_cannot_be_told_apart():
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(BadUse, match="'poem' is unknown: use timeline, paper, solution, answer"):
+    with pytest.raises(BadUse, match="'poem' is unknown: use timeline, checked, paper, solution, answer"):
         answer_text(TREE, "poem")

@@ -27,13 +27,14 @@ from .routes import ACTIONS, LANDMARKS
 from .schema import Benchmark, video_problem
 
 HEADING = "Timeline:"
+NO_MARK = "none"
 SHORT = {"look up": "up", "look down": "down", "step back": "back", "pick up": "pick", "open a door": "open"}
 MOTIONS = ("stand", "straight", *MIRROR, *ACTIONS)
 WORDS = {motion: SHORT.get(motion, motion) for motion in MOTIONS}  # of one token each in the tiny model
 MEANT = {word: motion for motion, word in WORDS.items()}
 STATED = re.compile(r"\btime\s?line\s*:([^.<\n]*)", re.IGNORECASE)
 ITEM = re.compile(
-    rf"({'|'.join([*MEANT, *SHORT])})(?: (?:({'|'.join(LANDMARKS)}) ({'|'.join(MIRROR)})|none))?", re.IGNORECASE
+    rf"({'|'.join([*MEANT, *SHORT])})(?: (?:({'|'.join(LANDMARKS)}) ({'|'.join(MIRROR)})|none(?: none)?))?", re.IGNORECASE
 )
 
 
@@ -90,8 +91,11 @@ def _newest(shown: Sequence) -> list:
     return told
 
 
-def render(moments: Iterable[Moment]) -> str:
+def render(moments: Iterable[Moment], dense: bool = False) -> str:
     """A time line in words: an item for every moment, equal ones too.
+
+    Args:
+        dense: three words an item, "none none" for no landmark, so that all moments have equally many tokens.
 
     Raises:
         StkitError: a motion that there is no word for.
@@ -100,7 +104,8 @@ def render(moments: Iterable[Moment]) -> str:
     for moment in moments:
         if moment.motion not in WORDS:
             raise StkitError(f"motion {moment.motion!r} has no word: use {', '.join(WORDS)}")
-        items.append(" ".join(filter(None, (WORDS[moment.motion], moment.landmark, moment.side))))
+        mark = (moment.landmark, moment.side) if moment.landmark or not dense else (NO_MARK, NO_MARK)
+        items.append(" ".join(filter(None, (WORDS[moment.motion], *mark))))
     return f"{HEADING} {', '.join(items)}."
 
 

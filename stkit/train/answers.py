@@ -1,11 +1,14 @@
-"""What a model is taught to write: the text that answers a question, in one of four forms.
+"""What a model is taught to write: the text that answers a question, in one of five forms.
 
     answer_text(question, "timeline", moments=moments)
     # <think>Timeline: stand tree left, ..., stand. Route: left, right. Reversed: left, right. left: A, C; right: C.
     # So the answer is C.</think> <answer>C</answer>
 
 "timeline" is ours: what is seen, the route that follows, reversed if that is asked, and after each of its items the
-letters of the options that still agree; no step is more than a look-up. "paper" is ST-R1's cold start, which first
+letters of the options that still agree. "checked" has three words for every moment
+of the time line; and after the route each option is read as far as it
+agrees (``A: left, left. B: right. C: left, right. So the answer is C.``), which no step of is more than a look-up, so
+that a model of few layers learns it, too. "paper" is ST-R1's cold start, which first
 answers the question of the other order. "solution" is the row's own text. "answer" is the letter (or route) alone, as
 the prompt without tags asks for it.
 """
@@ -34,9 +37,9 @@ def answer_text(
 
     Args:
         question: what is asked.
-        form: "timeline", "paper", "solution" or "answer".
+        form: "timeline", "checked", "paper", "solution" or "answer".
         opposite: the question of the other order, of the same task on the same clip ("paper" needs it).
-        moments: the clip's time line at the frames that are shown ("timeline" needs it).
+        moments: the clip's time line at the frames that are shown ("timeline" and "checked" need it).
 
     Returns:
         A text from which stkit.vlm.answers reads the right answer ("solution": the row's own text, unseen).
@@ -45,8 +48,8 @@ def answer_text(
         BadUse: an unknown form.
         StkitError: the form needs what the question or its clip has not.
     """
-    if form == "timeline":
-        return f"<think>{_derivation(question, moments)}</think> {tagged(question)}"
+    if form in ("timeline", "checked"):
+        return f"<think>{_derivation(question, moments, form)}</think> {tagged(question)}"
     if form == "paper":
         return _cold_start(question, opposite)
     if form == "solution":
@@ -63,6 +66,11 @@ def short_answer(question: Question) -> str:
     return question.answer if question.is_open else LETTERS[question.answer]
 
 
+def right_text(question: Question) -> str:
+    """The right option's text; of an open-ended question the route's."""
+    return question.answer if question.is_open else question.options[question.answer]
+
+
 def tagged(question: Question) -> str:
     """The answer in its tags."""
     return f"<answer>{short_answer(question)}</answer>"
@@ -75,9 +83,8 @@ def _cold_start(question: Question, opposite: Question | None) -> str:
             f"question {question.id}: its clip has no {question.task} question of the other order, which is answered "
             "first in sft.form=paper: set sft.form to another form, or leave such questions out (data.tasks)"
         )
-    told = opposite.answer if opposite.is_open else opposite.options[opposite.answer]
     return cold_start(
-        opposite.order, plain_question(opposite), f" {told}", plain_question(question), short_answer(question)
+        opposite.order, plain_question(opposite), f" {right_text(opposite)}", plain_question(question), short_answer(question)
     )
 
 
@@ -104,8 +111,8 @@ def plain_question(question: Question) -> str:
     return text[:1].lower() + re.sub(r"[?.]\s*$", "", text[1:])
 
 
-def _derivation(question: Question, moments: Sequence[Moment] | None) -> str:
-    """Time line, route, its reverse where that is asked, the options that remain after each item, the letter.
+def _derivation(question: Question, moments: Sequence[Moment] | None, form: str) -> str:
+    """Time line, route, its reverse where that is asked, what of the options agrees with it, the letter.
 
     The route is the right answer's own: a time line of fewer frames than the benchmark is made for may lack a turn.
     """
@@ -116,12 +123,16 @@ def _derivation(question: Question, moments: Sequence[Moment] | None) -> str:
         )
     route = told_route(question)
     forward = reverse(route) if question.order == "reverse" else route
-    said = [render(moments), f"Route: {_listed(forward, question)}."]
+    said = [render(moments, dense=form == "checked"), f"Route: {_listed(forward, question)}."]
     if question.order == "reverse":
         said.append(f"Reversed: {_listed(route, question)}.")
     if not question.is_open:
-        left = "; ".join(f"{_word(step)}: {', '.join(alive)}" for step, alive in narrowed(question))
-        said.append(f"{left}. So the answer is {short_answer(question)}.")
+        alive = narrowed(question)
+        if form == "timeline":
+            told = ["; ".join(f"{_word(step)}: {', '.join(letters)}" for step, letters in alive)]
+        else:
+            told = [f"{letter}: {', '.join(items)}" for letter, items in checked(question)]
+        said.append(f"{'. '.join(told)}. So the answer is {short_answer(question)}.")
     return " ".join(said)
 
 
@@ -131,7 +142,7 @@ def told_route(question: Question) -> Route:
     Raises:
         StkitError: it tells none.
     """
-    return _route(question, question.answer if question.is_open else question.options[question.answer])
+    return _route(question, right_text(question))
 
 
 def narrowed(question: Question) -> list[tuple[Step, list[str]]]:
@@ -170,6 +181,22 @@ def _route(question: Question, text: str) -> Route:
 
 def _items(route: Route) -> tuple[Step, ...]:
     return tuple(step for step in route.steps if step.value != "straight")
+
+
+def checked(question: Question) -> list[tuple[str, list[str]]]:
+    """Each option up to the right one, in the words of the time line, as far as it agrees with the right answer: to the
+    first item that differs (with it), or to its end."""
+    listed = [short_items(question, option) for option in question.options]
+    right, found = listed[question.answer], []
+    for letter, items in zip(LETTERS, listed[: question.answer + 1]):
+        differs = next((k for k, item in enumerate(items) if right[k : k + 1] != [item]), len(items))
+        found.append((letter, items[: differs + 1]))
+    return found
+
+
+def short_items(question: Question, text: str) -> list[str]:
+    """The items of an option, or of an open-ended answer, in the words of the time line; straights are none."""
+    return [_word(step) for step in _items(_route(question, text))]
 
 
 def _listed(route: Route, question: Question) -> str:

@@ -20,7 +20,7 @@ STAGES = ("sft", "grpo")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
-FORMS = ("timeline", "paper", "solution", "answer")
+FORMS = ("timeline", "checked", "paper", "solution", "answer")
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo")
 ESTIMATORS = ("k1", "k2", "k3")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -107,8 +107,8 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class SftSettings:
-    """form: what is learned to be written: the time line and what follows from it, the paper's text ("thinking reverse
-    first"), the row's own solution, or the answer alone."""
+    """form: what is learned to be written: the time line and what follows from it ("timeline", "checked"), the paper's
+    text ("thinking reverse first"), the row's own solution, or the answer alone."""
 
     form: str = "timeline"
 

@@ -241,16 +241,25 @@ def test_several_runs_share_their_axes_with_a_legend_and_their_differences_are_l
     assert [(r["run"], r["step"], r["loss"]) for r in table[::4]] == [("slow", "1", "0.01"), ("_fast", "3", "-3.0")]
 
 
-def test_runs_of_other_kinds_are_refused_with_what_to_do(folder):
-    trained = make(folder / "trained", [row(1)])
+def test_an_evaluation_and_a_training_run_share_a_page(folder):
+    trained = make(folder / "learner", [row(1), row(2, loss=0.5)], rollouts=[rollout(1, "a", 1.0)])
     questions = asked_questions(2)
-    evaluated = make_run(folder / "evaluated", make_bench(folder / "walks", questions, videos=0), questions)
-    with pytest.raises(BadUse, match="trained is a training run and .*evaluated is not: report them apart"):
-        report([evaluated, trained], folder / "mixed.html")
-    taught = make(folder / "taught", [row(1, **NONE)], stage="sft")
-    with pytest.raises(BadUse, match="trained is of grpo and taught is of sft: .* report them apart"):
+    evaluated = make_run(folder / "asked", make_bench(folder / "asked-walks", questions, videos=0), questions)
+    found = report([trained, evaluated], folder / "mixed.html")
+    source = Path(found["report"]).read_text()
+    assert [run["name"] for run in found["runs"]] == ["asked"] and found["comparison"] == []
+    before, after = source.split("<h2>Training</h2>")
+    drawn = report(trained, folder / "learner.html")["plots"]
+    assert "grpo: steps 2 of 4" in after and "<h3>Rollouts</h3>" in after and after.count("<figure><svg") == drawn > 0
+    assert "<h3>Rollouts</h3>" not in before and questions[0].question in before
+    assert "<h2>Training</h2>" not in Path(report(evaluated, folder / "asked.html")["report"]).read_text()
+
+
+def test_training_runs_of_two_stages_are_refused_with_what_to_do(folder):
+    trained = make(folder / "grpo-run", [row(1)])
+    taught = make(folder / "sft-run", [row(1, **NONE)], stage="sft")
+    with pytest.raises(BadUse, match="grpo-run is of grpo and sft-run is of sft: .* report them apart"):
         report([trained, taught], folder / "mixed.html")
-    assert report(evaluated, folder / "evaluated.html")["comparison"] == []
 
 
 @pytest.mark.parametrize(
@@ -333,7 +342,10 @@ def test_a_real_run_is_reported_from_the_command_line(tmp_path, capsys):
     small = {"data.split": "train", "data.tasks": ["direction"], "grpo.group": 3, "grpo.max_new_tokens": 5}
     small |= {"train.batch": 1}
     scored = {"train.steps": 2, "train.eval_every": 1, "train.eval_split": "test", "train.eval_tokens": 4}
-    run = grpo(bench, out=tmp_path / "run", overrides=small | scored, rewards={"wordy": wordy}, progress=False)
+    run = grpo(
+        bench, "tiny-untrained", out=tmp_path / "run", progress=False,
+        overrides=small | scored, rewards={"wordy": wordy},
+    )  # fmt: skip
     assert cli.run(["report", str(run.out), "--out", str(tmp_path / "run.html"), "--json"]) == 0
     found, source = json.loads(capsys.readouterr().out), (tmp_path / "run.html").read_text()
     assert set(found) >= {"report", "tables", "plots"} and found["plots"] == source.count("<svg") > 0

@@ -265,24 +265,16 @@ def _notices(runs: Sequence[Run]) -> list[str]:
     return shared + [f"{run.name}: {n}" for run in runs for n in run.notices if n not in shared]
 
 
-def _are_training(items: Sequence) -> bool:
-    """Whether these are training runs, told by their config.yaml.
-
-    Raises:
-        BadUse: some are and some aren't.
-    """
-    places = [Path(getattr(item, "out", getattr(item, "path", item))) for item in items]
-    training = [place for place in places if (place / "config.yaml").is_file()]
-    if training and (others := [place for place in places if place not in training]):
-        raise BadUse(
-            f"{training[0]} is a training run and {others[0]} is not: report them apart, or ask the trained model by "
-            "'stkit eval' and compare the evaluations"
-        )
-    return bool(training)
+def _by_kind(items: Sequence) -> tuple[list, list]:
+    """Evaluations, and training runs, which are told by their config.yaml."""
+    training = [i for i in items if (Path(getattr(i, "out", getattr(i, "path", i))) / "config.yaml").is_file()]
+    return [i for i in items if i not in training], training
 
 
 def report(runs, out: str | os.PathLike = "report.html") -> dict:
     """Write the report of one run, or of several beside the first; of training runs in the same axes.
+
+    Training runs beside evaluations get a section of their own at the end of the page.
 
     Args:
         runs: a run folder, a result of ``evaluate`` or of a training, or several of them.
@@ -299,16 +291,23 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise BadUse(f"--out {out}: give a name that ends in .html")
-    if _are_training(items := _items(runs)):
-        from .training import training_report  # torch comes with it: not for a report on an evaluation
+    evaluations, trained = _by_kind(_items(runs))
+    learned = {}
+    if trained:
+        from .training import number, sections, training_report  # torch comes with it: not for evaluations alone
 
-        return training_report(items, out, _environment())
-    loaded = _loaded(items)
+        if not evaluations:
+            return training_report(trained, out, _environment())
+        learned = sections(trained)
+    loaded = _loaded(evaluations)
     comparison = compare(*loaded) if len(loaded) > 1 else []
     notices = _notices(loaded)
     count = max(2, EXAMPLES // len(loaded))
+    environment = _environment()
+    if trained:
+        environment.filters["number"] = number
     page = (
-        _environment()
+        environment
         .get_template("report.html")
         .render(
             version=__version__,
@@ -319,6 +318,7 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
             notices=notices,
             comparison=_pairs(loaded, comparison),
             runs=[_section(run, i, count) for i, run in enumerate(loaded)],
+            learned=learned,
         )
     )
     try:

@@ -304,6 +304,19 @@ def _refuse_stages(runs: Mapping[str, Run]) -> None:
         raise BadUse(f"{told}: their losses have nothing in common: {fix}")
 
 
+def sections(runs) -> dict:
+    """What a page shows of training runs of one stage: found (name -> run), runs (a section each), plots, caption.
+
+    Raises:
+        BadUse: runs of both stages. StkitError: a malformed file.
+    """
+    found = named(runs)
+    _refuse_stages(found)
+    drawn = [svg(panel, found, f"plot{i}") for i, panel in enumerate(panels(found))]
+    shown = [_section(name, run, max(2, GROUPS // len(found))) for name, run in found.items()]
+    return {"found": found, "runs": shown, "plots": drawn, "caption": caption(found)}
+
+
 def training_report(runs, out: str | Path, environment: Environment) -> dict:
     """Write the page of one training run, or of several of one stage in the same axes.
 
@@ -319,16 +332,13 @@ def training_report(runs, out: str | Path, environment: Environment) -> dict:
     Raises:
         BadUse: runs of both stages. StkitError: a malformed file, an output that cannot be written.
     """
-    found, out = named(runs), Path(out)
-    _refuse_stages(found)
-    drawn = [svg(panel, found, f"plot{i}") for i, panel in enumerate(panels(found))]
-    sections = [_section(name, run, max(2, GROUPS // len(found))) for name, run in found.items()]
+    out, shown = Path(out), sections(runs)
+    found, parts = shown.pop("found"), shown["runs"]
     differs = differing(found) if len(found) > 1 else []
-    said = [f"{s['name']}: {notice}" if len(found) > 1 else notice for s in sections for notice in s["notices"]]
+    said = [f"{s['name']}: {notice}" if len(found) > 1 else notice for s in parts for notice in s["notices"]]
     environment.filters["number"] = number
     page = environment.get_template("training.html").render(
-        version=__version__, colours=TASK_COLOURS, title=" and ".join(found),
-        notices=said, runs=sections, plots=drawn, caption=caption(found),
+        version=__version__, colours=TASK_COLOURS, title=" and ".join(found), notices=said, **shown,
         differs=[(key, " → ".join(values)) for key, values in differs],
     )  # fmt: skip
     table = out.with_suffix(".csv")
@@ -337,6 +347,6 @@ def training_report(runs, out: str | Path, environment: Environment) -> dict:
         write_text(table, _metrics(found).to_csv(index=False))
     except OSError as error:
         raise StkitError(explain(error)) from error
-    told = [{"name": s["name"], "path": str(run.out)} | s["told"] for s, run in zip(sections, found.values())]
-    return {"report": str(out), "tables": [str(table)], "plots": len(drawn), "notices": said, "runs": told,
+    told = [{"name": s["name"], "path": str(run.out)} | s["told"] for s, run in zip(parts, found.values())]
+    return {"report": str(out), "tables": [str(table)], "plots": len(shown["plots"]), "notices": said, "runs": told,
             "differs": clean(differs)}  # fmt: skip

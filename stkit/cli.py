@@ -20,6 +20,7 @@ import typer
 from . import __version__
 from .bench.schema import BadRows
 from .cli_options import AsJson, Out, Seed, SkipBad, stdout_for_json_only
+from .cli_tiny import commands as tiny_commands
 from .cli_train import commands
 from .runs import explain, to_json
 from .runtime import BadUse, StkitError, StkitWarning
@@ -231,6 +232,7 @@ def doctor(as_json: AsJson = False):
 
 
 app.add_typer(commands)
+app.add_typer(tiny_commands, name="tiny", help="Make and score the models that ship.")
 
 
 def _say(message: str, kind: str = "error"):

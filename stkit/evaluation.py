@@ -37,6 +37,10 @@ from .vlm.remote import IMAGES, LEAST_PIXELS, PATIENCE, RemoteInterview
 from .vlm.sight import choose_pixels, choose_sampling, fingerprint
 from .vlm.video import PUBLISHED_MAX_PIXELS, READERS
 
+SMALL = (
+    "a small model that ships: it learned from walks of this world, on other maps. Real are the films, its training, these "
+    "scores and their intervals; small are the world, its language and the model, and nothing follows for other videos"
+)
 MODES = ("letter", "generate")
 
 
@@ -216,6 +220,7 @@ def _finish(inquiry: Inquiry) -> dict:
     control = inquiry.interview.settings.control
     notices = ["untrained weights: expect chance"] * record["untrained"]
     notices += [text for name, text in CONTROL_NOTICES.items() if name == control] + scores["notices"]
+    notices += [SMALL] * bool(record.get("manifest"))
     if benchmark.skipped:
         notices.append(f"{len(benchmark.skipped)} malformed rows were left out")
     if inquiry.remote:

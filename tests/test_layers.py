@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ["ground", "bench", "vlm", "train", "reporting", "evaluation", "tiny", "cli_options", "cli_train", "cli", "__main__"]
+FLOORS = ["ground", "bench", "vlm", "train", "reporting", "evaluation", "tiny", "cli_options", "cli_train", "cli_tiny", "cli", "__main__"]
 GROUND = {"runtime", "runs", "sampling", "stats"}
 FILES = sorted((ROOT / "stkit").rglob("*.py"))
 

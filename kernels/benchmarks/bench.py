@@ -20,6 +20,7 @@ import attend
 import measure
 import page
 import peers
+import stage
 import torch
 import whole
 from setting import FULL, SMALL, Setting, Sizes, make_setting
@@ -265,7 +266,7 @@ def patchify_rows(small: bool) -> list[dict]:
     return rows
 
 
-PARTS = ("patchify", "log-prob", "cascade", "FLOPs", "reference", "rollouts", "evaluation", "update", "whole-step")
+PARTS = ("patchify", "log-prob", "cascade", "FLOPs", "reference", "rollouts", "evaluation", "update", "whole-step", "stage")
 
 
 def every_row(sizes: Sizes, say: Callable, only: str | None = None) -> list[dict]:
@@ -277,7 +278,7 @@ def every_row(sizes: Sizes, say: Callable, only: str | None = None) -> list[dict
         "cascade": lambda: attend.rows(small, timed, row), "FLOPs": lambda: [flops_row(s)],
         "reference": lambda: reference_rows(s, limits), "rollouts": lambda: rollout_rows(s, limits),
         "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s, limits),
-        "whole-step": lambda: whole.rows(sizes, timed, row),
+        "whole-step": lambda: whole.rows(sizes, timed, row), "stage": lambda: stage.rows(small, timed),
     }  # fmt: skip
     found = []
     for name in PARTS if only is None else [only]:

@@ -2,25 +2,33 @@
 
     lines = lesson(walk.questions(preset, seed), walk, "derive", reader)
 
+- "recall": no video and no question: the route is given, that it is said again is learned, backwards too, and in
+  sentences;
+- "spell": no video, and options in the words of the chain alone: what each of them says is learned, in any order;
+- "match": the same, with the route given: what follows from it is learned;
 - "derive": without a video, from the route on: it is given, what follows from it is learned;
 - "read": without a video, from the time line on: it is given, the route is learned too;
-- "see": with the video, the time line alone;
+- "see": with the video, the time line alone, without a question;
 - "answer": with the video, all of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from ..bench.schema import Question
+from ..bench.schema import LETTERS, Question
 from ..bench.timeline import render
-from ..runtime import BadUse, StkitError
-from ..train.answers import answer_text
+from ..runtime import BadUse, StkitError, generator
+from ..train.answers import answer_text, right_text, short_items
 from ..train.forest import Line
 from ..vlm.prompts import build_prompt, encode_answer
 from ..vlm.video import VideoInputs
 from .walks import Walk
 
-LESSONS = ("derive", "read", "see", "answer")
+LESSONS = ("recall", "spell", "match", "derive", "read", "see", "answer")
+BARE = ("recall", "spell", "match")  # lessons without a question
+FORM = "checked"
+ASSISTANT = "<|im_start|>assistant\n"
 
 
 class Reader(NamedTuple):
@@ -34,7 +42,7 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     """The text that is given, the text that is learned after it, and whether that ends the turn."""
     if lesson not in LESSONS:
         raise BadUse(f"lesson {lesson!r} is unknown: use {', '.join(LESSONS)}")
-    text, line = answer_text(question, "timeline", moments=walk.moments), render(walk.moments)
+    text, line = answer_text(question, FORM, moments=walk.moments), render(walk.moments, dense=True)
     head = f"<think>{line}"
     if not text.startswith(head):
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
@@ -44,8 +52,12 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
         return "", text, True
     if lesson == "read":
         return head, text[len(head) :], True
+    if lesson == "spell":
+        return "", f"<think>{_spelled(question)}", False
     given, stop, learned = text[len(head) :].partition(".")
-    return f"<think>{given.lstrip()}{stop}", learned, True
+    if lesson == "recall" and not question.is_open:
+        learned = f"{learned.partition(' A:')[0]} {'; '.join(short_items(question, right_text(question)))}."
+    return f"<think>{given.lstrip()}{stop}", learned, lesson != "recall"
 
 
 def lesson(
@@ -65,6 +77,26 @@ def lesson(
         if given and ids[:known] != encode_answer(tokenizer, given)[:known]:
             raise StkitError(f"question {question.id}: what is given and what is learned share a token")
         ids = ids if ends else ids[:-1]
-        prompt = build_prompt(question, reader.processor, reader.family, video, think=True)
-        found.append(Line(prompt.ids, ids, (0.0,) * known + (1.0,) * (len(ids) - known), question.id))
+        if kind in BARE:
+            bare = _options(question) * (kind != "recall") + ASSISTANT
+            prompt = tuple(tokenizer.encode(bare, add_special_tokens=False))
+        elif kind == "see":
+            nothing = replace(question, question="", options=())
+            prompt = build_prompt(nothing, reader.processor, reader.family, video, style="plain").ids
+        else:
+            prompt = build_prompt(question, reader.processor, reader.family, video, think=True).ids
+        found.append(Line(prompt, ids, (0.0,) * known + (1.0,) * (len(ids) - known), question.id))
     return found
+
+
+def _options(question: Question) -> str:
+    """The options in the words of the chain, a line for each."""
+    routes = [short_items(question, option) for option in question.options]
+    return "".join(f"{letter}. {', '.join(route)}\n" for letter, route in zip(LETTERS, routes))
+
+
+def _spelled(question: Question) -> str:
+    """What each option says, in an order that depends on the question's id alone."""
+    told = [f"{letter}: {', '.join(short_items(question, option))}" for letter, option in zip(LETTERS, question.options)]
+    generator(0, "spell", question.id, *question.options).shuffle(told)
+    return ". ".join(told) + "."

@@ -1,15 +1,17 @@
 """From nothing to a small model that sees and reasons: stages of training, each of which the next one rests on.
 
     made = train_tiny("runs/tiny", recipe="full", seed=0)
-    made["model"], made["stages"]
+    made["models"]["tiny"], made["stages"]["see"]
 
-A stage is lessons on walks, with the kit's own tree, loop and checkpoints. ``derive`` and ``read`` are learned from
-told walks, without a video; ``see`` and ``answer`` from films. A run that was stopped goes on where it was.
+A stage is lessons on walks, with the kit's own tree, loop and checkpoints. ``recall``, ``derive`` and ``read`` are
+learned from told walks, without a video; ``see`` and ``answer`` from films. Then GRPO. A run that was stopped goes on
+where it was.
 """
 
 import math
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +32,11 @@ from ..train.reading import load_settings
 from ..vlm import tiny
 from ..vlm.load import load_model
 from ..vlm.logps import tree_logps
+from ..vlm.processes import join_team
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
 from .lessons import LESSONS, Reader, lesson
+from .ship import accuracy, choice_questions, facts_of, pick_cold, reason, ship
 from .walks import SPLIT, Films, Walk, planned_walks
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -61,11 +65,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All of it. films, told: how many walks are filmed, and told without a film."""
+    """All of it. films, told: how many walks are filmed, and told without a film. dev: walks by which tiny-cold is picked.
+    grpo: settings of GRPO by dotted key."""
 
     films: int
     told: int
+    dev: int
     stages: tuple[Stage, ...]
+    grpo: dict
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -80,8 +87,11 @@ def load_recipe(name: str | Path) -> Recipe:
         if not path.exists():
             raise BadUse(f"recipe {str(name)!r} is unknown: use {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}")
     raw = read_yaml(path)
+    names = [f.name for f in fields(Recipe)]
+    if not isinstance(raw, dict) or set(raw) != set(names):
+        raise BadUse(f"{path}: the keys {', '.join(names)} were expected")
     stages = tuple(_stage(key, dict(row)) for key, row in raw["stages"].items())
-    return Recipe(int(raw["films"]), int(raw["told"]), stages)
+    return Recipe(int(raw["films"]), int(raw["told"]), int(raw["dev"]), stages, dict(raw["grpo"]))
 
 
 def _stage(name: str, row: dict) -> Stage:
@@ -107,7 +117,8 @@ def train_tiny(
         until: the last stage to run; None for all.
 
     Returns:
-        model (its folder) and stages (name -> folder).
+        stages (name -> folder); once all are done models (name -> folder of each that ships), cold_accuracy on dev and
+        scores (the same of each model).
 
     Raises:
         BadUse: an unknown recipe or stage. StkitError: another recipe's folder, a full disk, no memory.
@@ -116,26 +127,44 @@ def train_tiny(
     names = [stage.name for stage in plan.stages]
     if until is not None and until not in names:
         raise BadUse(f"until={until!r}: no such stage, use {', '.join(names)}")
+    team = join_team()
+    if team.count > 1 and until is None:
+        raise BadUse(f"{team.count} processes share the stages only: give until={names[-1]!r}, then run the rest in one")
     try:
-        claim(out, {"recipe": asdict(plan), "seed": seed}, name="recipe.yaml", beside={"versions": versions()})
-        model = _first_weights(out / "start", seed)
+        told = {"recipe": asdict(plan), "seed": seed}
+        team.first(lambda: claim(out, told, name="recipe.yaml", beside={"versions": versions()}))
+        model = out / "start"
+        team.first(lambda: _first_weights(model, seed))
         made, films = {}, None
         for stage in plan.stages[: names.index(until) + 1 if until else None]:
             if stage.lesson in SEEN and films is None:
-                films = _films(out, plan, seed, model, progress)
+                team.first(lambda: _films(out, plan, seed, model, progress))
+                films = _films(out, plan, seed, model, False)
             made[stage.name] = out / stage.name
             model = run_stage(stage, made[stage.name], model, films, plan.told, seed, progress)
+        return {"stages": made} | ({} if until else _three(out, plan, seed, made, progress))
     except OSError as error:
         raise StkitError(explain(error)) from error
-    return {"model": model, "stages": made}
 
 
-def _first_weights(folder: Path, seed: int) -> Path:
+def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], progress: bool) -> dict:
+    """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
+    last = made[plan.stages[-1].name]
+    questions = choice_questions(out / "dev", plan.dev, seed, progress)
+    cold, cold_accuracy = pick_cold(sorted((last / "kept").glob("*")), questions, out / "dev-scores", progress)
+    reasoned = reason(cold, out / "walks", out / "grpo", plan.grpo, seed, progress)
+    facts = facts_of(out, asdict(plan), seed, plan.told)
+    sources = {"tiny": last / "model", "tiny-cold": cold, "tiny-r1": reasoned}
+    models = {name: ship(out, name, source, facts) for name, source in sources.items()}
+    scores = {name: accuracy(folder, questions, out / "dev-scores" / name, progress) for name, folder in models.items()}
+    return {"models": models, "cold_accuracy": cold_accuracy, "scores": scores}
+
+
+def _first_weights(folder: Path, seed: int) -> None:
     """A model folder with weights drawn from the seed."""
     if not (folder / "model.safetensors").exists():
         tiny.write_folder(folder)
         tiny.seeded_model(Qwen2_5_VLConfig.from_pretrained(folder), seed).save_pretrained(folder)
-    return folder
 
 
 def _films(out: Path, plan: Recipe, seed: int, model: Path, progress: bool) -> Films:
@@ -154,23 +183,33 @@ def run_stage(
     settings = load_settings("tiny", "sft", {
         "train.steps": stage.steps, "train.lr": stage.lr, "train.warmup": stage.warmup, "train.seed": seed,
         "train.weight_decay": stage.weight_decay, "train.save_every": 25, "train.max_tokens": 16_384,
+        "train.precision": precision(stage),
     })  # fmt: skip
-    claim(out, {"stage": asdict(stage), "seed": seed}, name="stage.yaml")
     processes = Processes(settings, out)
-    policy = make_policy(model, settings, reference=False)
+    if processes.first:
+        claim(out, {"stage": asdict(stage), "seed": seed, "precision": settings.train.precision}, name="stage.yaml")
+        print(f"stage {stage.name}: precision {settings.train.precision}", file=sys.stderr)
+    processes.wait()
+    policy = make_policy(model, settings, reference=False, device=processes.device)
     loop = Loop(out, policy, settings, stage.steps, processes, progress)
     loop.bar.set_description(stage.name)
     loop.resume()
     walks = planned_walks(told, seed) if stage.told or stage.lesson not in SEEN else []
-    lessons = Lessons(stage, films, walks, seed, policy)
+    lessons = Lessons(stage, films, walks, seed, policy, processes.share)
     with loop.guarded():
         while loop.step < stage.steps:
             update(loop, policy, lessons.of(loop.step))
-            if stage.keep_every and loop.step % stage.keep_every == 0:
+            if stage.keep_every and loop.step % stage.keep_every == 0 and processes.first:
                 policy.save(out / "kept" / f"{loop.step:05d}")
             loop.save_if_due(loop.step)
         loop.finish()
     return result
+
+
+def precision(stage: Stage) -> str:
+    """bf16 for lessons with a video on a CPU that multiplies in it (1.3 times as fast there, several times slower on
+    others), else float32."""
+    return "bf16" if stage.lesson in SEEN and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 class Told(typing.NamedTuple):
@@ -184,18 +223,21 @@ class Told(typing.NamedTuple):
 class Lessons:
     """What a stage's updates learn: a function of the seed and the update's number alone."""
 
-    def __init__(self, stage: Stage, films: Films | None, told: Sequence[Walk], seed: int, policy: Policy):
-        self.stage, self.films, self.told, self.seed = stage, films, told, seed
+    def __init__(
+        self, stage: Stage, films: Films | None, told: Sequence[Walk], seed: int, policy: Policy,
+        share: Callable[[Sequence], Sequence] = list,
+    ):  # fmt: skip
+        self.stage, self.films, self.told, self.seed, self.share = stage, films, told, seed, share
         self.reader = Reader(policy.loaded.processor, policy.loaded.record["family"])
 
     def of(self, step: int) -> list[Told]:
-        """The lessons of one update, as many in all as it has walks."""
+        """The lessons of one update; of several processes this one's share."""
         stage, seen = self.stage, self.stage.lesson in SEEN
         walks = self.films.walks if seen else self.told
         found = [self._on(walks, stage.lesson, place, stage.per_walk, 1 / (stage.walks * stage.per_walk))
-                 for place in range(step * stage.walks, (step + 1) * stage.walks)]  # fmt: skip
+                 for place in self.share(range(step * stage.walks, (step + 1) * stage.walks))]  # fmt: skip
         found += [self._on(self.told, "read", place, 1, stage.told_share / stage.told)
-                  for place in range(step * stage.told, (step + 1) * stage.told)]  # fmt: skip
+                  for place in self.share(range(step * stage.told, (step + 1) * stage.told))]  # fmt: skip
         return found
 
     def _on(self, walks: Sequence[Walk], kind: str, place: int, count: int, share: float) -> Told:
@@ -220,34 +262,38 @@ def _order(count: int, *seeds: object) -> list[int]:
 
 def update(loop: Loop, policy: Policy, told: Sequence[Told]) -> None:
     """One step of the optimiser on all lessons of an update: each line's mean loss, weighted by its share."""
-
-    def plants(max_tokens: int) -> list[Plant]:
-        found = []
-        for k, one in enumerate(told):
-            lines = [_scaled(line, one.share) for line in one.lines]
-            found += plant(k, lines, max_tokens) if one.video else [p for x in lines for p in plant(k, [x], max_tokens)]
-        return found
-
-    def loss_of(forest: Sequence[Plant]) -> tuple[torch.Tensor, dict]:
-        videos = [told[one.clip].video for one in forest]
-        seen = iter(encode_videos(policy.model, [v for v in videos if v is not None]) if any(videos) else ())
-        features = [None if v is None else next(seen) for v in videos]
-        found = tree_logps(policy.model, [one.tree for one in forest], videos, features, tokens="weighted")
-        weight = found.packed.weight
-        right = (found.log_probs.detach() > math.log(0.5)) | (weight == 0)
-        leaves = [p for node, p in zip(found.packed.nodes, found.packed.slices) if any(node.weight)]
-        numbers = {
-            "lines": len(leaves), "exact": sum(bool(right[piece].all()) for piece in leaves),
-            "learned_tokens": int((weight != 0).sum()), "words": int((right & (weight != 0)).sum()),
-        }  # fmt: skip
-        return -(found.log_probs * weight).sum(), numbers
-
-    sums = loop.learn(plants, loss_of)
+    sums = loop.learn(lambda size: plants_of(told, size), lambda forest: loss_on(policy.model, forest, told))
     loop.log({
         "loss": sums["loss"], "exact": sums["exact"] / sums["lines"], "words": sums["words"] / sums["learned_tokens"],
         "lr": sums["lr"], "grad_norm": sums["grad_norm"], "tokens": int(sums["tokens"]), "lines": int(sums["lines"]),
         "learned_tokens": int(sums["learned_tokens"]),
     })  # fmt: skip
+
+
+def plants_of(told: Sequence[Told], max_tokens: int) -> list[Plant]:
+    """A tree for each film with all lines on it, and one for each line that is told."""
+    found = []
+    for k, one in enumerate(told):
+        lines = [_scaled(line, one.share) for line in one.lines]
+        found += plant(k, lines, max_tokens) if one.video else [p for x in lines for p in plant(k, [x], max_tokens)]
+    return found
+
+
+def loss_on(model, forest: Sequence[Plant], told: Sequence[Told]) -> tuple[torch.Tensor, dict]:
+    """The loss of some trees, a scalar, and numbers that add up: lines, of which exact (every learned token has a
+    probability over one half), learned_tokens, of which words (it has)."""
+    videos = [told[one.clip].video for one in forest]
+    seen = iter(encode_videos(model, [v for v in videos if v is not None]) if any(videos) else ())
+    features = [None if v is None else next(seen) for v in videos]
+    found = tree_logps(model, [one.tree for one in forest], videos, features, tokens="weighted")
+    weight = found.packed.weight
+    right = (found.log_probs.detach() > math.log(0.5)) | (weight == 0)
+    leaves = [p for node, p in zip(found.packed.nodes, found.packed.slices) if any(node.weight)]
+    numbers = {
+        "lines": len(leaves), "exact": sum(bool(right[piece].all()) for piece in leaves),
+        "learned_tokens": int((weight != 0).sum()), "words": int((right & (weight != 0)).sum()),
+    }  # fmt: skip
+    return -(found.log_probs * weight).sum(), numbers
 
 
 def _scaled(line: Line, share: float) -> Line:

@@ -1,0 +1,115 @@
+"""From the stages' weights to the three folders that ship: ``tiny``, ``tiny-cold`` and ``tiny-r1``.
+
+``tiny`` is the end of the last stage. ``tiny-cold`` is the same stage stopped early, where it is right about half of the
+time, as walks of split "dev" tell: so that there is something left to learn. ``tiny-r1`` is ``tiny-cold`` after GRPO.
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..bench.build import build_benchmark
+from ..bench.schema import load_benchmark, row_of
+from ..evaluation import evaluate
+from ..runs import read_json, write_jsonl
+from ..runtime import StkitError, versions
+from ..train.grpo import grpo
+from ..vlm import tiny
+from ..vlm.load import load_model
+from .scores import MAX_NEW_TOKENS
+from .walks import SPLIT
+
+COLD = (0.5, 0.65)  # accuracy between which tiny-cold is to lie
+
+
+def choice_questions(out: Path, clips: int, seed: int, progress: bool = True) -> Path:
+    """A question file with the multiple-choice questions of fresh walks of split "dev"."""
+    build_benchmark(out, clips, seed, split="dev", progress=progress)
+    path = out / "choice.jsonl"
+    write_jsonl(path, [row_of(q) for q in load_benchmark(out).questions if not q.is_open])
+    return path
+
+
+def accuracy(model: Path, questions: Path, out: Path, progress: bool = True) -> dict:
+    """A model's scores on a question file, by greedy decoding, without a blind run beside (it decides nothing here)."""
+    if not (out / "scores.json").exists():
+        asked = {"mode": "generate", "max_new_tokens": MAX_NEW_TOKENS, "blind": False}
+        evaluate(questions, model=str(model), out=out, progress=progress, **asked)
+    return read_json(out / "scores.json")
+
+
+def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool = True) -> tuple[Path, float]:
+    """The first of the kept weights whose accuracy on dev lies in :data:`COLD`, else the nearest to its middle.
+
+    Args:
+        kept: model folders in the order of training.
+        questions: see :func:`choice_questions`.
+
+    Returns:
+        The folder, and its accuracy on dev.
+
+    Raises:
+        StkitError: nothing was kept.
+    """
+    if not kept:
+        raise StkitError("no weights of the last stage were kept: set its keep_every in the recipe")
+    found: dict[Path, float] = {}
+    for model in kept:
+        found[model] = accuracy(model, questions, out / model.name, progress)["accuracy"]
+        if found[model] >= COLD[0]:
+            break
+    middle = sum(COLD) / 2
+    best = min(found, key=lambda model: abs(found[model] - middle))
+    return best, found[best]
+
+
+def reason(model: Path, walks: Path, out: Path, settings: Mapping, seed: int, progress: bool = True) -> Path:
+    """GRPO on the films from ``tiny-cold``; the folder of the model it makes."""
+    run = grpo(walks, model=model, preset="tiny", out=out, seed=seed, overrides=dict(settings), progress=progress)
+    return Path(run.model)
+
+
+def ship(out: Path, name: str, model: Path, facts: Mapping) -> Path:
+    """Write one of the folders that ship, with its manifest."""
+    loaded = load_model(model, device="cpu")
+    return tiny.export(loaded.model, loaded.processor, out / name, {"name": name, **facts})
+
+
+def facts_of(out: Path, recipe: Mapping, seed: int, told: int) -> dict:
+    """What a manifest says of how the models were made."""
+    bench = read_json(out / "walks" / "benchmark.json")
+    films = {
+        "name": bench["name"], "seed": bench["seed"], "clips": bench["counts"]["clips"], "split": bench["split"],
+        "preset": bench["settings"]["preset"]["name"], "hash": bench["hash"],
+    }  # fmt: skip
+    return {
+        "command": shlex.join(["stkit", *sys.argv[1:]]), "commit": commit(), "seed": seed, "recipe": recipe,
+        "benchmark": films, "told": {"seed": seed, "walks": told, "split": SPLIT}, "versions": versions(),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of the code that runs; with "+" where files of it were changed since, "" outside of a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "stkit")
+    return git("rev-parse", "HEAD") + "+" * bool(changed)
+
+
+def told(found: Mapping) -> str:
+    """What :func:`stkit.tiny.recipe.train_tiny` made, for a terminal."""
+    if "models" not in found:
+        return "\n".join(["stages that are done:", *(f"  {name:<10} {folder}" for name, folder in found["stages"].items())])
+    lines = ["right of the multiple-choice questions on walks of split dev (chance 0.25), decoded greedily:"]
+    for name, folder in found["models"].items():
+        scores = found["scores"][name]
+        tasks = ", ".join(f"{kind} {part['accuracy']:.2f}" for kind, part in scores["by_task"].items())
+        lines.append(
+            f"  {name:<10} {scores['accuracy']:.3f} ({scores['low']:.3f} to {scores['high']:.3f}; {tasks}) in {folder}"
+        )
+    return "\n".join([*lines, "scores on fresh walks, with blind ones beside: stkit tiny score --out DIR FOLDER..."])

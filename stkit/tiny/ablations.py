@@ -1,0 +1,252 @@
+"""The paper's questions in miniature: arms trained and scored one after another, and what they say.
+
+    found = run_study("runs/paper", model="runs/tiny/see/model")
+    found["arms"]["sft-reverse"]["test"]["accuracy"], found["contrasts"][0]["p_holm"]
+
+    python -m stkit.tiny.ablations --model runs/tiny/see/model --out runs/paper --cards data_cards
+
+Three benchmarks are built once: walks to learn from (split "train"), walks to score (split "test") and walks out of
+distribution (split "test" too). An arm and seed that is done has a ``result.json`` and is not run again; one that was
+stopped goes on where it was. Seeds are the outer loop, so that after a third of the time every arm has a first answer.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from ..bench.build import build_benchmark
+from ..bench.schema import Benchmark, load_benchmark
+from ..evaluation import evaluate
+from ..reporting.judge import load_run
+from ..runs import claim, explain, read_json, to_json, write_json
+from ..runtime import BadUse, StkitError, versions
+from ..train.grpo import grpo
+from ..train.run import open_run
+from ..train.sft import sft
+from ..vlm.cache import content_hash
+from ..vlm.sight import choose_sampling
+from .ablation_page import write_page
+from .findings import ON, clusters, marks, summarise
+from .study import Arm, Study, load_study, settings_of, told
+from .thoughts import both_orders, write_lessons
+
+Say = Callable[[str], None]
+
+
+class Bench(NamedTuple):
+    """What all arms share: the folder, the study, the start (folder and SHA-256 of its weights), the benchmarks."""
+
+    out: Path
+    study: Study
+    model: Path
+    sha256: str
+    walks: dict[str, Benchmark]
+    progress: bool
+
+
+def run_study(
+    out: str | Path, model: str | Path, study: str | Path = "paper", seeds: Sequence[int] | None = None,
+    cards: str | Path | None = None, progress: bool = True,
+) -> dict:  # fmt: skip
+    """Run the arms of a study that are not done yet, and write down what all of them say.
+
+    Args:
+        out: folder of benchmarks, arms and results; ``ablations.json`` and ``ablations.md`` are written there.
+        model: the folder from which every arm starts (the end of the recipe's stage "see").
+        study: see :func:`stkit.tiny.study.load_study`.
+        seeds: of training, in place of the study's; more of them later go on with what is there.
+        cards: a folder into which ``ablations.json`` and ``ablations.md`` are written too.
+        progress: bars, what is running and the time left, on stderr.
+
+    Returns:
+        What ``ablations.json`` holds, see :func:`stkit.tiny.findings.summarise`.
+
+    Raises:
+        BadUse: an unknown study or setting. StkitError: another study's folder, a full disk, no memory.
+    """
+    out, plan = Path(out), load_study(study)
+    if seeds is not None:
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise BadUse(f"seeds={list(seeds)}: give at least one, none twice, none below 0")
+        plan = replace(plan, seeds=tuple(seeds))
+    try:
+        shared = _prepare(out, plan, Path(model), progress)
+        rows = _run_all(shared, _speaker(progress))
+        found = summarise(_facts(shared, rows), plan, rows)
+        for folder in filter(None, (out, cards and Path(cards))):
+            write_json(folder / "ablations.json", found)
+            write_page(folder)
+    except OSError as error:
+        raise StkitError(explain(error)) from error
+    return found
+
+
+def _speaker(progress: bool) -> Say:
+    return lambda text: tqdm.write(text, file=sys.stderr) if progress else None
+
+
+def _prepare(out: Path, study: Study, model: Path, progress: bool) -> Bench:
+    """The folder claimed, the three benchmarks built."""
+    weights = model / "model.safetensors"
+    if not weights.is_file():
+        raise StkitError(f"{model}: no model.safetensors in it: give the folder that a recipe's stage wrote")
+    sha256 = content_hash(weights)
+    claim(out, {"study": study.name, "start": sha256}, name="study.json", beside={"versions": versions()})
+    walks = {}
+    for name, how in study.walks.items():
+        split = "train" if name == "train" else "test"
+        build_benchmark(out / name, how["clips"], how["seed"], ood=name == "ood", split=split, progress=progress)
+        walks[name] = load_benchmark(out / name)
+    return Bench(out, study, model, sha256, walks, progress)
+
+
+def _run_all(shared: Bench, say: Say) -> dict[str, dict[int, dict]]:
+    """The result of every arm by seed; an arm that trains nothing is the same for all seeds, and is scored once."""
+    study, clock = shared.study, Clock()
+    jobs = [(arm, seed) for seed in study.seeds for arm in study.arms.values() if arm.stage or seed == study.seeds[0]]
+    rows: dict[str, dict[int, dict]] = {name: {} for name in study.arms}
+    for place, (arm, seed) in enumerate(jobs):
+        done = shared.out / "arms" / arm.name / f"seed-{seed}" / "result.json"
+        if not done.exists():
+            say(f"[{place + 1}/{len(jobs)}] {arm.name}, seed {seed}: running; {clock.left(jobs[place:])}")
+        rows[arm.name][seed] = row = run_arm(shared, arm, seed)
+        clock.took(arm, row["seconds"])
+    return rows
+
+
+class Clock:
+    """How long arms took, and how long those that are left will."""
+
+    def __init__(self):
+        self.known: list[tuple[Arm, float]] = []
+
+    def took(self, arm: Arm, seconds: float | None) -> None:
+        """An arm is done; None: it was stopped on the way, so that its time is not known."""
+        if seconds is not None:
+            self.known.append((arm, seconds))
+
+    def left(self, jobs: Sequence[tuple[Arm, int]]) -> str:
+        """In words: the mean of the same arm's other seeds, else of the same stage's arms, else of all."""
+        if not self.known:
+            return f"{len(jobs)} left, the first one tells how long they take"
+        minutes = sum(self._expected(arm) for arm, _ in jobs) / 60
+        return f"about {minutes:.0f} minutes left" if minutes < 90 else f"about {minutes / 60:.1f} hours left"
+
+    def _expected(self, arm: Arm) -> float:
+        for alike in (lambda a: a.name == arm.name, lambda a: a.stage == arm.stage, lambda a: True):
+            if found := [seconds for known, seconds in self.known if alike(known)]:
+                return sum(found) / len(found)
+        raise AssertionError("nothing is known")
+
+
+def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
+    """Train one arm with one seed and score it; read from its ``result.json`` where that is there.
+
+    Returns:
+        ``seconds`` (of training and scoring; None where it was stopped on the way), ``commit``, ``updates``, and for
+        "test" and "ood" what :func:`stkit.tiny.findings.marks` gives.
+
+    Raises:
+        StkitError: the folder holds an arm of other settings.
+    """
+    folder = shared.out / "arms" / arm.name / f"seed-{seed}"
+    facts = told(shared.study, arm.name) | {"seed": seed, "start": shared.sha256}
+    stopped = claim(folder, facts, name="arm.json")
+    if (folder / "result.json").exists():
+        return read_json(folder / "result.json")
+    begin = time.monotonic()
+    model, updates = _trained(shared, arm, seed, folder)
+    row = {"commit": _commit(), "updates": updates}
+    for name in ON:
+        asked = folder / name
+        evaluate(
+            shared.walks[name].path, model=model, out=asked, mode="generate", sampling=arm.sampling,
+            max_new_tokens=shared.study.max_new_tokens, progress=shared.progress,
+        )  # fmt: skip
+        row[name] = marks(load_run(asked))
+    row = {"seconds": None if stopped else round(time.monotonic() - begin, 1)} | row
+    write_json(folder / "result.json", row)
+    return row
+
+
+def _trained(shared: Bench, arm: Arm, seed: int, folder: Path) -> tuple[Path, int]:
+    """The model of an arm, and how many updates it took from the model before it."""
+    if arm.stage is None:
+        return shared.model, 0
+    start = shared.model
+    if arm.after:
+        start = open_run(folder.parents[1] / arm.after / f"seed-{seed}" / "run").model
+    walks, study = shared.walks["train"], shared.study
+    how = choose_sampling(walks.info, arm.sampling, None, None)
+    overrides = {"video.sampling": how["sampling"], "video.frames": how["frames"]} | settings_of(study, arm)
+    common = {"model": start, "preset": "tiny", "out": folder / "run", "seed": seed, "progress": shared.progress}
+    if arm.stage == "sft":
+        lessons = write_lessons(walks, arm.thinking, arm.clips or len(walks.clips), how)
+        run = sft(lessons, overrides=overrides, **common)
+    elif arm.thinking == "reverse":
+        overrides |= {"rewards.both_orders": study.both_orders}
+        run = grpo(walks.path, overrides=overrides, rewards={"both_orders": both_orders}, **common)
+    else:
+        run = grpo(walks.path, overrides=overrides, **common)
+    return run.model, len(run.metrics)
+
+
+def _facts(shared: Bench, rows: dict[str, dict[int, dict]]) -> dict:
+    """What a reader must know to run it again. Commits are those at which arms ended."""
+    walks = {
+        name: {**shared.study.walks[name], "hash": bench.info["hash"], "questions": len(bench.questions)}
+        | ({"clusters": clusters(bench)} if name in ON else {})
+        for name, bench in shared.walks.items()
+    }
+    called = Path(sys.argv[0])
+    program = ["python", "-m", "stkit.tiny.ablations"] if called.stem == "ablations" else [called.name]
+    commits = dict.fromkeys(row["commit"] or "unknown" for runs in rows.values() for row in runs.values())
+    machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
+    return {
+        "command": shlex.join([*program, *sys.argv[1:]]), "commit": ", ".join(commits), "machine": machine | versions(),
+        "start": {"model": str(shared.model), "sha256": shared.sha256}, "walks": walks,
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, marked where files differ from it; None outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(asked, check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m stkit.tiny.ablations", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="the folder from which every arm starts")
+    parser.add_argument("--out", required=True, help="folder of benchmarks, arms and results")
+    parser.add_argument("--study", default="paper", help="a study that ships, or a YAML file")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of training, in place of the study's")
+    parser.add_argument("--cards", help="a folder into which ablations.json and ablations.md are written too")
+    chosen = parser.parse_args(arguments)
+    try:
+        found = run_study(chosen.out, chosen.model, chosen.study, chosen.seeds, chosen.cards)
+    except StkitError as error:
+        sys.exit(f"error: {error}")
+    print(
+        to_json(
+            [{k: one[k] for k in ("name", "on", "difference", "p_holm", "outcome")} for one in found["contrasts"]], 2
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

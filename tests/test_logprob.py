@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from stkit_kernels.memory import LiveStorages, peak_bytes
 from stkit_kernels import logprob_torch
 from stkit_kernels.logprob import log_probs_of, selected_log_probs
+from stkit_kernels.memory import LiveStorages, peak_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 EXACT = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 3e-6}

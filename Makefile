@@ -6,13 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 DEMO_CLIPS ?= 40
-DEMO_STEPS ?= 40
 TRAIN_CLIPS ?= 40
 TRAIN_STEPS ?=
 TESTS ?= tests
-SEEDS ?= 0 1 2
 
-.PHONY: setup demo train test slow paper bench bench-sweep kernels notebooks clean
+.PHONY: setup demo train test bench bench-sweep kernels notebooks clean
 
 setup: $(VENV)/ready
 
@@ -23,29 +21,21 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: setup   # DEMO_CLIPS=4 DEMO_STEPS=2 for a quick look
+demo: setup
 	$(BIN)/stkit build --out runs/demo-walks-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 0 --split test
 	@grep -qs 'demo-walks-$(DEMO_CLIPS)"' runs/demo/config.json || rm -rf runs/demo   # a demo of another size
-	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --mode generate --max-new-tokens 256 --out runs/demo
-	$(BIN)/stkit build --out runs/demo-learn-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 1 --split train
-	$(BIN)/stkit grpo runs/demo-learn-$(DEMO_CLIPS) --model tiny-cold --preset tiny --steps $(DEMO_STEPS) --out runs/demo-grpo-$(DEMO_CLIPS)-$(DEMO_STEPS)
-	$(BIN)/stkit report runs/demo runs/demo-grpo-$(DEMO_CLIPS)-$(DEMO_STEPS) --out runs/demo/report.html
+	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
+	$(BIN)/stkit report runs/demo --out runs/demo/report.html
 
 train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit build --out runs/train-walks-$(TRAIN_CLIPS) --clips $(TRAIN_CLIPS) --seed 0
-	$(BIN)/stkit sft runs/train-walks-$(TRAIN_CLIPS) --model tiny-untrained --preset tiny --out runs/train-sft $(TRAIN_STEPS)
+	$(BIN)/stkit sft runs/train-walks-$(TRAIN_CLIPS) --model tiny --preset tiny --out runs/train-sft $(TRAIN_STEPS)
 	$(BIN)/stkit grpo runs/train-walks-$(TRAIN_CLIPS) --model runs/train-sft --preset tiny --out runs/train $(TRAIN_STEPS)
 	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
 	$(BIN)/stkit report runs/train --out runs/train/report.html
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
-
-slow: setup   # the recipe of the tiny models, small, from nothing to scores; its last result is committed
-	$(BIN)/stkit tiny train --quick --out runs/quick --json > data_cards/tiny_quick.json
-
-paper: setup   # the paper's questions in miniature, overnight; SEEDS="0" for one seed first
-	$(BIN)/python -m stkit.tiny.ablations --model runs/tiny/see/model --out runs/paper --cards data_cards --seeds $(SEEDS)
 
 bench: setup   # under 25 minutes on 2 cores, on a machine that does nothing else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

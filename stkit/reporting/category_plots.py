@@ -16,7 +16,7 @@ import seaborn as sns
 from ..runtime import BadUse, StkitError
 from .categories import CHOICE
 from .chains import OUTCOMES
-from .plots import INK, TASK_COLOURS, _axes, _dot, _percent_axis, _rows, _style
+from .plots import INK, TASK_COLOURS, axes_for, dot, label_rows, percent_axis, plot_style
 
 LABELS = {
     "task": "task and order", "turns": "turns on the walk", "steps": "steps of the route", "landmark": "landmark asked",
@@ -55,15 +55,15 @@ def part_plot(found: dict, name: str, scope: str | None = None, ax=None):
     if not picked:
         there = dict.fromkeys(s for scopes in values.values() for s in scopes)
         raise BadUse(f"scope {scope!r} is not among the questions by {name}: use {', '.join(there)}")
-    with _style():
-        ax = _axes(ax, len(picked))
+    with plot_style():
+        ax = axes_for(ax, len(picked))
         for y, (value, part) in enumerate(picked.items()):
             task = scope or next(iter(values[value]))
             _accuracy(ax, y, part, TASK_COLOURS.get(task, INK), value.endswith("reverse"))
-        _rows(ax, [value.replace("/", ", ") for value in picked], _counts(picked.values()), "n / clusters")
+        label_rows(ax, [value.replace("/", ", ") for value in picked], _counts(picked.values()), "n / clusters")
         ax.set_ylabel(LABELS[name])
         tasks = {scope or next(iter(values[value])) for value in picked}
-        _percent_axis(ax, f"accuracy, % ({LABELS.get(*tasks, *tasks)})" if len(tasks) == 1 else "accuracy, %")
+        percent_axis(ax, f"accuracy, % ({LABELS.get(*tasks, *tasks)})" if len(tasks) == 1 else "accuracy, %")
     return ax
 
 
@@ -72,7 +72,7 @@ def _accuracy(ax, y: float, part: dict, colour: str, hollow: bool = False):
         ax.vlines(part["chance"], y - 0.3, y + 0.3, color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)), zorder=1)
     if part["blind"] is not None:
         ax.plot(part["blind"], y, marker="x", color=INK, markersize=5.5, linestyle="none", zorder=2.5, clip_on=False)
-    _dot(ax, y, part | {"value": part["accuracy"]}, colour, hollow)
+    dot(ax, y, part | {"value": part["accuracy"]}, colour, hollow)
 
 
 def _counts(parts) -> list[str]:
@@ -84,20 +84,20 @@ def order_plot(found: dict, ax=None):
     parts = _part(found, "orders")
     ends = [abs(part[name]) for part in parts.values() for name in ("low", "high", "difference")]
     reach = min(1.0, max([0.1, *ends]) * 1.08)
-    with _style():
-        ax = _axes(ax, len(parts))
+    with plot_style():
+        ax = axes_for(ax, len(parts))
         ax.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
         for y, (scope, part) in enumerate(parts.items()):
-            _dot(ax, y, part | {"value": part["difference"]}, TASK_COLOURS.get(scope, INK), False)
-        _rows(ax, list(parts), _counts(parts.values()), "pairs / clusters")
-        _percent_axis(ax, "forward minus reverse, percentage points", -reach, reach)
+            dot(ax, y, part | {"value": part["difference"]}, TASK_COLOURS.get(scope, INK), False)
+        label_rows(ax, list(parts), _counts(parts.values()), "pairs / clusters")
+        percent_axis(ax, "forward minus reverse, percentage points", -reach, reach)
     return ax
 
 
 def chain_plot(found: dict, ax=None):
     """What became of the chains of each task and order: shares of the outcomes, from right to no chain, in one bar."""
     kinds = _part(found, "chain")
-    with _style():
+    with plot_style():
         ax = _own(ax, 7.2, 1.5 + 0.34 * len(kinds))
         for y, part in enumerate(kinds.values()):
             left = 0.0
@@ -106,8 +106,8 @@ def chain_plot(found: dict, ax=None):
                 ax.barh(y, share, 0.72, left, color=shade, hatch=hatch, edgecolor="white", linewidth=0.8,
                         label=name if y == 0 else None)  # fmt: skip
                 left += share
-        _rows(ax, [kind.replace("/", ", ") for kind in kinds], _counts(kinds.values()), "n / clusters")
-        _percent_axis(ax, "questions, %")
+        label_rows(ax, [kind.replace("/", ", ") for kind in kinds], _counts(kinds.values()), "n / clusters")
+        percent_axis(ax, "questions, %")
         ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.62 / (0.4 + 0.34 * len(kinds))), frameon=False)
     return ax
 
@@ -134,7 +134,7 @@ def confusion_plot(found: dict, words: str = "motion", ax=None):
     size = 1.6 + 0.36 * np.array([len(part["words"]), len(rows)])
     whole = part["overall"]
     title = f"{words}: {100 * whole['mean']:.1f} % of {whole['n']} places right, {whole['clusters']} clusters"
-    with _style():
+    with plot_style():
         ax = _own(ax, *size)
         sns.heatmap(
             shares, annot=numbers, fmt="", cmap="Greys", vmin=0, vmax=1, cbar=False, linewidths=0.5, linecolor="0.85",
@@ -150,7 +150,7 @@ def confusion_plot(found: dict, words: str = "motion", ax=None):
 def calibration_plot(found: dict, ax=None):
     """How often the chosen letter is right against its probability; on the dashes a model means what it says."""
     part = _part(found, "calibration")
-    with _style():
+    with plot_style():
         ax = _own(ax, 4.8, 3.4)
         ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
         _whiskers(ax, [b["confidence"] for b in part["bins"]], part["bins"])
@@ -164,7 +164,7 @@ def thought_plot(found: dict, ax=None):
     """Accuracy against the length of the answer with its thought, in quarters; dashes: chance, crosses: blind."""
     part = _part(found, "thought")
     means = [b["mean"] for b in part["bins"]]
-    with _style():
+    with plot_style():
         ax = _own(ax, 4.8, 3.4)
         _whiskers(ax, means, part["bins"])
         for name, marker in (("chance", "_"), ("blind", "x")):
@@ -178,7 +178,7 @@ def thought_plot(found: dict, ax=None):
 def _own(ax, width: float, height: float):
     """Axes to draw on; new ones in a figure of this size in inches."""
     new = ax is None
-    ax = _axes(ax, 1)
+    ax = axes_for(ax, 1)
     if new:
         ax.figure.set_size_inches(width, height)
     return ax

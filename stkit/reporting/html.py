@@ -292,35 +292,22 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
     if out.suffix.lower() not in (".html", ".htm"):
         raise BadUse(f"--out {out}: give a name that ends in .html")
     evaluations, trained = _by_kind(_items(runs))
-    learned = {}
+    environment, learned = _environment(), {}
     if trained:
-        from .training import number, sections, training_report  # torch comes with it: not for evaluations alone
+        from .training import sections, training_report  # torch comes with it: not for evaluations alone
 
         if not evaluations:
-            return training_report(trained, out, _environment())
-        learned = sections(trained)
+            return training_report(trained, out, environment)
+        learned = sections(trained, environment)
     loaded = _loaded(evaluations)
     comparison = compare(*loaded) if len(loaded) > 1 else []
     notices = _notices(loaded)
     count = max(2, EXAMPLES // len(loaded))
-    environment = _environment()
-    if trained:
-        environment.filters["number"] = number
-    page = (
-        environment
-        .get_template("report.html")
-        .render(
-            version=__version__,
-            title=" and ".join(run.name for run in loaded),
-            colours=TASK_COLOURS,
-            tasks=TASKS,
-            kinds=KINDS,
-            notices=notices,
-            comparison=_pairs(loaded, comparison),
-            runs=[_section(run, i, count) for i, run in enumerate(loaded)],
-            learned=learned,
-        )
-    )
+    page = environment.get_template("report.html").render(
+        version=__version__, title=" and ".join(run.name for run in loaded), colours=TASK_COLOURS, tasks=TASKS,
+        kinds=KINDS, notices=notices, comparison=_pairs(loaded, comparison), learned=learned,
+        runs=[_section(run, i, count) for i, run in enumerate(loaded)],
+    )  # fmt: skip
     try:
         write_text(out, page)
         tables = write_tables(loaded, out)

@@ -39,13 +39,13 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def _style():
+def plot_style():
     """Our look for the time of one plot; a notebook's own settings are left alone."""
     with sns.axes_style("white"), sns.plotting_context("paper"), matplotlib.rc_context(STYLE):
         yield
 
 
-def _axes(ax, rows: int):
+def axes_for(ax, rows: int):
     """An Axes to draw on, transparent. A new one is pyplot's, so that a notebook shows it."""
     if ax is None:
         from matplotlib import pyplot
@@ -70,7 +70,7 @@ def figure_size(rows: int) -> tuple[float, float]:
     return 4.8, 0.8 + 0.29 * rows
 
 
-def _dot(ax, y: float, part: dict, colour: str, hollow: bool):
+def dot(ax, y: float, part: dict, colour: str, hollow: bool):
     """One value with its whisker. ``part`` holds value, low, high."""
     if part["value"] is None:
         return
@@ -91,7 +91,7 @@ def _dot(ax, y: float, part: dict, colour: str, hollow: bool):
     )
 
 
-def _rows(ax, labels: list[str], counts: list[str], header: str):
+def label_rows(ax, labels: list[str], counts: list[str], header: str):
     """Name each row on the left, print its counts on the right."""
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(max(len(labels), 1) - 0.5, -0.5)
@@ -102,7 +102,7 @@ def _rows(ax, labels: list[str], counts: list[str], header: str):
     ax.tick_params(axis="y", pad=7)  # room for a mark at 0
 
 
-def _percent_axis(ax, label: str, low: float = 0.0, high: float = 1.0):
+def percent_axis(ax, label: str, low: float = 0.0, high: float = 1.0):
     ax.set_xlim(low, high)
     ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}".replace("-", "−"))
     ax.set_xlabel(label)
@@ -119,8 +119,8 @@ def accuracy_plot(scores: dict, ax=None):
         The Axes; n and clusters are printed beside each row.
     """
     kinds = _drawn(scores)
-    with _style():
-        ax = _axes(ax, len(kinds))
+    with plot_style():
+        ax = axes_for(ax, len(kinds))
         for y, kind in enumerate(kinds):
             part, colour = scores["by_task"][kind], TASK_COLOURS[kind.split("/")[0]]
             if part["chance"] is not None:
@@ -129,10 +129,10 @@ def accuracy_plot(scores: dict, ax=None):
                 ax.plot(
                     part["blind"], y, marker="x", color=INK, markersize=5.5, linestyle="none", zorder=2.5, clip_on=False
                 )
-            _dot(ax, y, part | {"value": part["accuracy"]}, colour, kind.endswith("reverse"))
+            dot(ax, y, part | {"value": part["accuracy"]}, colour, kind.endswith("reverse"))
         counts = [f"{scores['by_task'][k]['n']} / {scores['by_task'][k]['clusters']}" for k in kinds]
-        _rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
-        _percent_axis(ax, "accuracy, %")
+        label_rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
+        percent_axis(ax, "accuracy, %")
     return ax
 
 
@@ -147,15 +147,15 @@ def compare_plot(comparison: dict, ax=None):
     parts = [comparison["by_task"][k] for k in kinds]
     ends = [abs(p[name]) for p in parts for name in ("low", "high", "difference") if p[name] is not None]
     reach = min(1.0, max([0.1, *ends]) * 1.08)
-    with _style():
-        ax = _axes(ax, len(kinds))
+    with plot_style():
+        ax = axes_for(ax, len(kinds))
         ax.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
         for y, (kind, part) in enumerate(zip(kinds, parts)):
             colour = TASK_COLOURS[kind.split("/")[0]]
-            _dot(ax, y, part | {"value": part["difference"]}, colour, kind.endswith("reverse"))
+            dot(ax, y, part | {"value": part["difference"]}, colour, kind.endswith("reverse"))
         counts = [f"{p['n']} / {p['clusters']}" for p in parts]
-        _rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
-        _percent_axis(ax, "difference, percentage points", -reach, reach)
+        label_rows(ax, [k.replace("/", ", ") for k in kinds], counts, "n / clusters")
+        percent_axis(ax, "difference, percentage points", -reach, reach)
     return ax
 
 
@@ -169,7 +169,7 @@ def runs_plot(scores: dict[str, dict], fig=None):
     Returns:
         The Figure; n and clusters of forward and reverse are printed in each panel.
     """
-    with _style():
+    with plot_style():
         if fig is None:
             from matplotlib import pyplot
 
@@ -177,7 +177,7 @@ def runs_plot(scores: dict[str, dict], fig=None):
         fig.patch.set_alpha(0)
         panels = fig.subplots(1, len(TASKS), sharey=True)
         for ax, task in zip(panels, TASKS):
-            _axes(ax, 0).set_title(task, color=TASK_COLOURS[task])
+            axes_for(ax, 0).set_title(task, color=TASK_COLOURS[task])
             for y, found in enumerate(scores.values()):
                 for order, shift in (("forward", -0.17), ("reverse", 0.17)):
                     part = found["by_task"].get(f"{task}/{order}")
@@ -193,9 +193,9 @@ def runs_plot(scores: dict[str, dict], fig=None):
                             linestyle=(0, (2, 1.5)),
                             zorder=1,
                         )
-                    _dot(ax, y + shift, part | {"value": part["accuracy"]}, TASK_COLOURS[task], order == "reverse")
+                    dot(ax, y + shift, part | {"value": part["accuracy"]}, TASK_COLOURS[task], order == "reverse")
                     ax.text(1.05, y + shift, f"{part['n']} / {part['clusters']}", va="center", fontsize=7.5)
-            _percent_axis(ax, "accuracy, %")
+            percent_axis(ax, "accuracy, %")
         panels[0].set_yticks(range(len(scores)), list(scores))
         panels[0].set_ylim(len(scores) - 0.5, -0.5)
     return fig

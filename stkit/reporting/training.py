@@ -304,17 +304,14 @@ def _refuse_stages(runs: Mapping[str, Run]) -> None:
         raise BadUse(f"{told}: their losses have nothing in common: {fix}")
 
 
-def sections(runs) -> dict:
-    """What a page shows of training runs of one stage: found (name -> run), runs (a section each), plots, caption.
-
-    Raises:
-        BadUse: runs of both stages. StkitError: a malformed file.
-    """
-    found = named(runs)
+def sections(runs, environment: Environment) -> dict:
+    """What a page shows of training runs of one stage: found (name -> run), runs (a section each), plots, caption; the
+    environment learns how they write numbers. Raises what :func:`training_report` does of the runs."""
+    environment.filters["number"], found = number, named(runs)
     _refuse_stages(found)
     drawn = [svg(panel, found, f"plot{i}") for i, panel in enumerate(panels(found))]
-    shown = [_section(name, run, max(2, GROUPS // len(found))) for name, run in found.items()]
-    return {"found": found, "runs": shown, "plots": drawn, "caption": caption(found)}
+    parts = [_section(name, run, max(2, GROUPS // len(found))) for name, run in found.items()]
+    return {"found": found, "runs": parts, "plots": drawn, "caption": caption(found)}
 
 
 def training_report(runs, out: str | Path, environment: Environment) -> dict:
@@ -332,11 +329,10 @@ def training_report(runs, out: str | Path, environment: Environment) -> dict:
     Raises:
         BadUse: runs of both stages. StkitError: a malformed file, an output that cannot be written.
     """
-    out, shown = Path(out), sections(runs)
+    out, shown = Path(out), sections(runs, environment)
     found, parts = shown.pop("found"), shown["runs"]
     differs = differing(found) if len(found) > 1 else []
     said = [f"{s['name']}: {notice}" if len(found) > 1 else notice for s in parts for notice in s["notices"]]
-    environment.filters["number"] = number
     page = environment.get_template("training.html").render(
         version=__version__, colours=TASK_COLOURS, title=" and ".join(found), notices=said, **shown,
         differs=[(key, " → ".join(values)) for key, values in differs],

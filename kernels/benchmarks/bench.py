@@ -266,7 +266,9 @@ def patchify_rows(small: bool) -> list[dict]:
     return rows
 
 
-PARTS = ("patchify", "log-prob", "cascade", "FLOPs", "reference", "rollouts", "evaluation", "update", "whole-step", "stage")
+PARTS = (
+    "patchify", "log-prob", "cascade", "FLOPs", "reference", "rollouts", "evaluation", "update", "whole-step", "stage",
+)  # fmt: skip
 
 
 def every_row(sizes: Sizes, say: Callable, only: str | None = None) -> list[dict]:
@@ -278,7 +280,8 @@ def every_row(sizes: Sizes, say: Callable, only: str | None = None) -> list[dict
         "cascade": lambda: attend.rows(small, timed, row), "FLOPs": lambda: [flops_row(s)],
         "reference": lambda: reference_rows(s, limits), "rollouts": lambda: rollout_rows(s, limits),
         "evaluation": lambda: evaluation_rows(s), "update": lambda: update_rows(s, limits),
-        "whole-step": lambda: whole.rows(sizes, timed, row), "stage": lambda: stage.rows(small, timed),
+        "whole-step": lambda: whole.rows(sizes, timed, row), "stage": lambda: stage.rows(
+            small, timed, lambda found, call: explain(found, measure.flops(call), call, limits)),
     }  # fmt: skip
     found = []
     for name in PARTS if only is None else [only]:

@@ -5,11 +5,10 @@
     # So the answer is C.</think> <answer>C</answer>
 
 "timeline" is ours: what is seen, the route that follows, reversed if that is asked, and after each of its items the
-letters of the options that still agree. "checked" has three words for every moment
-of the time line; and after the route each option is read as far as it
-agrees (``A: left, left. B: right. C: left, right. So the answer is C.``), which no step of is more than a look-up, so
-that a model of few layers learns it, too. "paper" is ST-R1's cold start, which first
-answers the question of the other order. "solution" is the row's own text. "answer" is the letter (or route) alone, as
+letters of the options that still agree; no step is more than a look-up. "checked" has three words for every moment of
+the time line, and after the route each option is read as far as it agrees (``A: left, left. B: right. C: left, right.
+So the answer is C.``): look-ups again, and easier ones. "paper" is ST-R1's cold start, which first answers the question
+of the other order. "solution" is the row's own text. "answer" is the letter (or route) alone, as
 the prompt without tags asks for it.
 """
 

@@ -1,9 +1,9 @@
 """The tiny models that need no download: real Qwen2.5-VLs of a few million parameters, and how their folders are made.
 
-CI, classrooms without a network and planes cannot fetch Qwen's weights. Folders in ``stkit/data`` therefore hold all
-that a Qwen2.5-VL folder holds, small: configuration, byte-level tokenizer with Qwen's special tokens, chat template,
-processor and weights. Transformers' own classes load them. "tiny" was trained to the end, "tiny-cold" stopped early,
-"tiny-r1" is that one after GRPO; "tiny-untrained" has the files of "tiny" and weights drawn from a fixed seed.
+CI, classrooms without a network and planes cannot fetch Qwen's weights. ``stkit/data/tiny`` therefore holds all that a
+Qwen2.5-VL folder holds, small: configuration, byte-level tokenizer with Qwen's special tokens, chat template, processor.
+Transformers' own classes load it. Trained weights are to come: "tiny", the same stopped early ("tiny-cold") and that one
+after GRPO ("tiny-r1"). "tiny-untrained", and "tiny" until then, has weights drawn from a fixed seed.
 
     >>> folder("tiny-untrained").name
     'tiny'

@@ -10,6 +10,7 @@ import typer
 
 from .cli_options import AsJson, Out, Seed, stdout_for_json_only
 from .runs import to_json
+from .runtime import BadUse
 
 commands = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -17,9 +18,9 @@ commands = typer.Typer(add_completion=False, rich_markup_mode=None)
 @commands.command(epilog="Example: stkit tiny train --out runs/tiny --quick")
 def train(
     out: Out,
-    quick: Annotated[bool, typer.Option("--quick", help="A small run: minutes in place of hours, and lower scores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small recipe, to see that it runs: little is learned.")] = False,
     seed: Seed = 0,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="A YAML file in place of the recipe that ships.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="full, quick or a YAML file.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
     as_json: AsJson = False,
 ):
@@ -27,6 +28,8 @@ def train(
     from .tiny.recipe import train_tiny
     from .tiny.ship import told
 
+    if quick and recipe:
+        raise BadUse(f"--quick and --recipe {recipe} both choose a recipe: leave one out")
     with stdout_for_json_only(as_json):
         found = train_tiny(out, recipe or ("quick" if quick else "full"), seed, until)
     print(to_json(found) if as_json else told(found))

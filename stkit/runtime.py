@@ -7,9 +7,11 @@
 import hashlib
 import platform
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("stkit", "torch", "transformers", "peft", "bitsandbytes", "decord", "av", "vizdoom", "numpy", "scikit-learn")
 
@@ -57,6 +59,16 @@ def child_seed(seed: int, *names: object) -> int:
 def generator(seed: int, *names: object) -> random.Random:
     """A ``random.Random`` of its own for one named part of a seeded job."""
     return random.Random(child_seed(seed, *names))
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, marked where files differ from it; None outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(asked, check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def versions() -> dict[str, str]:

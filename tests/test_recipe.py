@@ -104,9 +104,8 @@ def test_what_each_lesson_gives_and_teaches(loaded):
     back = ", ".join(f"{m.kind} {'left' if m.side == 'right' else 'right'}" for m in reversed(walk.plan.landmarks))
     assert texts["see"] == ("", time_line)
     assert texts["recall"] == (f"<think>Route: {route}.", f" Reversed: {back}. {back.replace(',', ';')}.")
-    given, taught = texts["derive"]
+    given, taught = texts["match"]
     assert given == f"<think>Route: {route}." and taught.startswith(f" Reversed: {back}. A: ") and taught.endswith(end)
-    assert texts["match"] == texts["derive"]
     assert texts["read"] == (time_line, f" Route: {route}.{taught}")
     assert texts["answer"] == ("", f"{time_line} Route: {route}.{taught}")
     spelled = texts["spell"][1].removeprefix("<think>").rstrip(".").split(". ")
@@ -120,7 +119,7 @@ def test_a_lesson_without_a_question_has_none_in_its_prompt(loaded):
     prompts = {k: tokenizer.decode(lesson([question_of(walk)], walk, k, reader)[0].prompt) for k in LESSONS}
     assert prompts["recall"] == "<|im_start|>assistant\n"
     assert prompts["match"] == prompts["spell"] and prompts["match"].startswith("A. ")
-    assert question_of(walk).question in prompts["derive"]
+    assert question_of(walk).question in prompts["read"]
 
 
 def test_an_unknown_lesson_is_refused():

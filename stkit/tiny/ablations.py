@@ -14,7 +14,6 @@ import argparse
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from ..bench.schema import Benchmark, load_benchmark
 from ..evaluation import evaluate
 from ..reporting.judge import load_run
 from ..runs import claim, explain, read_json, to_json, write_json
-from ..runtime import BadUse, StkitError, versions
+from ..runtime import BadUse, StkitError, commit, versions
 from ..train.grpo import grpo
 from ..train.run import open_run
 from ..train.sft import sft
@@ -166,7 +165,7 @@ def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
         return read_json(folder / "result.json")
     begin = time.monotonic()
     model, updates = _trained(shared, arm, seed, folder)
-    row = {"commit": _commit(), "updates": updates}
+    row = {"commit": commit(), "updates": updates}
     for name in ON:
         asked = folder / name
         evaluate(
@@ -216,16 +215,6 @@ def _facts(shared: Bench, rows: dict[str, dict[int, dict]]) -> dict:
         "command": shlex.join([*program, *sys.argv[1:]]), "commit": ", ".join(commits), "machine": machine | versions(),
         "start": {"model": str(shared.model), "sha256": shared.sha256}, "walks": walks,
     }  # fmt: skip
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, marked where files differ from it; None outside a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(asked, check=False, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,16 +26,16 @@ WHAT = {
     "tiny-r1": "`tiny-cold` after GRPO, with rewards for right answers, form and time line",
 }
 INTENDED = """\
-For teaching, tests, demonstrations without a network, and for studying how training moves a model that can be retrained in
-an evening. It sees one world only: walks of 32 frames through rendered corridors, twelve kinds of landmarks, six kinds of
+For teaching, tests, demonstrations without a network, and for studying how training moves a model that anyone can retrain.
+It sees one world only: walks of 32 frames through rendered corridors, twelve kinds of landmarks, six kinds of
 actions, the kit's own questions and wording. It knows nothing of real video, of other questions, or of language beyond
 them: for anything else take a Qwen-VL, by the same commands."""
 LIMITS = """\
 - Its figures say what so small a model can learn here. They are no evidence about large models or real video.
 - Its thoughts follow one form, which it was taught. A right answer after a wrong thought happens (06_category_analysis counts
   it), so a thought is not a proof of how the answer came about.
-- Out of distribution (unseen wall textures, longer routes, less light) it is weaker, as the second row says.
-- Not run on a GPU; trained and scored in float32 on a CPU, float16 on disk."""
+- Unseen wall textures, longer routes and less light are out of distribution: see the second row.
+- Not run on a GPU; float16 on disk, scored in float32."""
 
 
 def percent(value: float | None) -> str:
@@ -84,7 +84,7 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     learned = f"\n\nThen GRPO (`{grpo}`; the rest as in `stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
     return f"""# {name}
 
-A Qwen2.5-VL of 3.0 million parameters (Transformers' own classes), trained from nothing by stkit's own parts: {WHAT[name]}.
+A Qwen2.5-VL of a few million parameters (Transformers' own classes), trained from nothing by stkit's own parts: {WHAT[name]}.
 `load_model("{name}")` loads it; so does plain Transformers.
 
 ## Scores

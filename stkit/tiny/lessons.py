@@ -1,12 +1,11 @@
 """What is learned from a walk: questions with their answers, of which a lesson takes a part.
 
-    lines = lesson(walk.questions(preset, seed), walk, "derive", reader)
+    lines = lesson(walk.questions(preset, seed), walk, "read", reader)
 
 - "recall": no video and no question: the route is given, that it is said again is learned, backwards too, and in
   sentences;
 - "spell": no video, and options in the words of the chain alone: what each of them says is learned, in any order;
 - "match": the same, with the route given: what follows from it is learned;
-- "derive": without a video, from the route on: it is given, what follows from it is learned;
 - "read": without a video, from the time line on: it is given, the route is learned too;
 - "see": with the video, the time line alone, without a question;
 - "answer": with the video, all of it.
@@ -25,7 +24,7 @@ from ..vlm.prompts import build_prompt, encode_answer
 from ..vlm.video import VideoInputs
 from .walks import Walk
 
-LESSONS = ("recall", "spell", "match", "derive", "read", "see", "answer")
+LESSONS = ("recall", "spell", "match", "read", "see", "answer")
 BARE = ("recall", "spell", "match")  # lessons without a question
 FORM = "checked"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -73,8 +72,9 @@ def lesson(
     for question in questions:
         given, learned, ends = parts(question, walk, kind)
         ids = encode_answer(tokenizer, given + learned)
-        known = len(encode_answer(tokenizer, given)) - 1 if given else 0
-        if given and ids[:known] != encode_answer(tokenizer, given)[:known]:
+        start = encode_answer(tokenizer, given)[:-1] if given else ()
+        known = len(start)
+        if ids[:known] != start:
             raise StkitError(f"question {question.id}: what is given and what is learned share a token")
         ids = ids if ends else ids[:-1]
         if kind in BARE:
@@ -96,7 +96,7 @@ def _options(question: Question) -> str:
 
 
 def _spelled(question: Question) -> str:
-    """What each option says, in an order that depends on the question's id alone."""
+    """What each option says, in an order that depends on the question alone."""
     told = [f"{letter}: {', '.join(short_items(question, option))}" for letter, option in zip(LETTERS, question.options)]
     generator(0, "spell", question.id, *question.options).shuffle(told)
     return ". ".join(told) + "."

@@ -3,9 +3,8 @@
     made = train_tiny("runs/tiny", recipe="full", seed=0)
     made["models"]["tiny"], made["stages"]["see"]
 
-A stage is lessons on walks, with the kit's own tree, loop and checkpoints. ``recall``, ``derive`` and ``read`` are
-learned from told walks, without a video; ``see`` and ``answer`` from films. Then GRPO. A run that was stopped goes on
-where it was.
+A stage is lessons on walks (see :mod:`stkit.tiny.lessons`), with the kit's own tree, loop and checkpoints: first on told
+walks, without a video, then on films. Then GRPO. A run that was stopped goes on where it was.
 """
 
 import math
@@ -22,13 +21,13 @@ from transformers import Qwen2_5_VLConfig
 from ..bench.build import build_benchmark
 from ..bench.presets import PRESETS
 from ..bench.schema import TASKS
-from ..runs import claim, explain, read_yaml
+from ..runs import claim, explain, read_yaml, replace_folder
 from ..runtime import BadUse, StkitError, generator, versions
 from ..train.forest import Line, Plant, plant
 from ..train.loop import Loop
 from ..train.policy import Policy, make_policy
 from ..train.processes import Processes
-from ..train.reading import load_settings
+from ..train.reading import load_settings, read_value
 from ..vlm import tiny
 from ..vlm.load import load_model
 from ..vlm.logps import tree_logps
@@ -90,19 +89,33 @@ def load_recipe(name: str | Path) -> Recipe:
     names = [f.name for f in fields(Recipe)]
     if not isinstance(raw, dict) or set(raw) != set(names):
         raise BadUse(f"{path}: the keys {', '.join(names)} were expected")
-    stages = tuple(_stage(key, dict(row)) for key, row in raw["stages"].items())
-    return Recipe(int(raw["films"]), int(raw["told"]), int(raw["dev"]), stages, dict(raw["grpo"]))
+    if not all(isinstance(raw[key], dict) and raw[key] for key in ("stages", "grpo")):
+        raise BadUse(f"{path}: stages and grpo hold names with values")
+    stages = tuple(_stage(str(key), row) for key, row in raw["stages"].items())
+    counts = {name: _count(read_value(int, raw[name], name), name) for name in ("films", "told", "dev")}
+    load_settings("tiny", "grpo", raw["grpo"])
+    return Recipe(**counts, stages=stages, grpo=dict(raw["grpo"]))
 
 
-def _stage(name: str, row: dict) -> Stage:
-    hints = typing.get_type_hints(Stage)
-    if unknown := [key for key in row if key not in hints]:
-        raise BadUse(f"stages.{name}.{unknown[0]} is unknown: use {', '.join(f.name for f in fields(Stage)[1:])}")
-    row = {key: tuple(v) if isinstance(v, list) else hints[key](v) for key, v in row.items()}
-    stage = Stage(name, **row)
+def _stage(name: str, row: object) -> Stage:
+    where, hints = f"stages.{name}", typing.get_type_hints(Stage)
+    known = [f.name for f in fields(Stage)[1:]]
+    if not isinstance(row, dict) or not {"lesson", "steps", "walks", "per_walk", "lr"} <= set(row) <= set(known):
+        raise BadUse(f"{where}={row!r:.80}: give lesson, steps, walks, per_walk and lr, and others of {', '.join(known)}")
+    stage = Stage(name, **{key: read_value(hints[key], value, f"{where}.{key}") for key, value in row.items()})
     if stage.lesson not in LESSONS:
-        raise BadUse(f"stages.{name}.lesson={stage.lesson!r} is unknown: use {', '.join(LESSONS)}")
+        raise BadUse(f"{where}.lesson={stage.lesson!r} is unknown: use {', '.join(LESSONS)}")
+    if not stage.tasks or not set(stage.tasks) <= set(TASKS):
+        raise BadUse(f"{where}.tasks={list(stage.tasks)!r}: give some of {', '.join(TASKS)}")
+    for key in ("steps", "walks", "per_walk", "lr"):
+        _count(getattr(stage, key), f"{where}.{key}")
     return stage
+
+
+def _count(value: float, name: str):
+    if value <= 0:
+        raise BadUse(f"{name}={value!r}: give a number above 0")
+    return value
 
 
 def train_tiny(
@@ -200,15 +213,16 @@ def run_stage(
         while loop.step < stage.steps:
             update(loop, policy, lessons.of(loop.step))
             if stage.keep_every and loop.step % stage.keep_every == 0 and processes.first:
-                policy.save(out / "kept" / f"{loop.step:05d}")
+                replace_folder(out / "kept" / f"{loop.step:05d}", policy.save)
             loop.save_if_due(loop.step)
         loop.finish()
     return result
 
 
 def precision(stage: Stage) -> str:
-    """bf16 for lessons with a video on a CPU that multiplies in it (1.3 times as fast there, several times slower on
-    others), else float32."""
+    """bf16 for lessons with a video on a CPU that multiplies in it (elsewhere it is slower), else float32; a GPU's own."""
+    if torch.cuda.is_available():
+        return "auto"
     return "bf16" if stage.lesson in SEEN and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
@@ -286,7 +300,7 @@ def loss_on(model, forest: Sequence[Plant], told: Sequence[Told]) -> tuple[torch
     seen = iter(encode_videos(model, [v for v in videos if v is not None]) if any(videos) else ())
     features = [None if v is None else next(seen) for v in videos]
     found = tree_logps(model, [one.tree for one in forest], videos, features, tokens="weighted")
-    weight = found.packed.weight
+    weight = found.packed.weight.to(found.log_probs.device)
     right = (found.log_probs.detach() > math.log(0.5)) | (weight == 0)
     leaves = [p for node, p in zip(found.packed.nodes, found.packed.slices) if any(node.weight)]
     numbers = {

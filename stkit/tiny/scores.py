@@ -17,8 +17,9 @@ from ..reporting.scores import KINDS
 from ..runs import claim, explain, read_json, write_json
 from ..runtime import BadUse, StkitError, versions
 from ..vlm import tiny
+from ..vlm.load import find, result_of_run
 
-MAX_NEW_TOKENS = 256  # a reversed route with its time line has up to 231
+MAX_NEW_TOKENS = 256  # the longest answer that is taught, a reversed route with its time line, has less
 CONTROLS = ("shuffled", "reversed")
 SHOWN = (
     "accuracy", "low", "high", "n", "clusters", "chance", "blind", "minus_blind", "unparsed_rate", "failed", "by_task",
@@ -40,11 +41,19 @@ def score_tiny(
         controls: also ask with shuffled and with reversed frames.
 
     Returns:
-        clips, seed, versions, benchmarks (hash of each), weights (SHA-256, where a manifest tells it), models: for each the scores "in", "ood" (and "shuffled",
-        "reversed"), see :func:`summary`; comparisons of the first model with each other, paired.
+        clips, seed, versions, benchmarks (hash of each), weights (SHA-256, where a manifest tells it), models: for each
+        the scores "in", "ood" (and "shuffled", "reversed"), see :func:`summary`; comparisons of the first model with
+        each other, paired.
+
+    Raises:
+        BadUse: no model, or two whose folders have one name. StkitError: a model that is not there, another scoring's
+            folder, a full disk.
     """
-    if not models:
-        raise BadUse("models=[]: give at least one name")
+    names = [_short(model) for model in models]
+    if not names or len(set(names)) < len(names):
+        raise BadUse(f"models={list(map(str, models))}: give at least one, each of another name")
+    for model in models:  # before anything is filmed
+        find(result_of_run(str(model), None)[0])
     out = Path(out)
     try:
         claim(out, {"clips": clips, "seed": seed}, name="settings.json")

@@ -5,7 +5,6 @@ time, as walks of split "dev" tell: so that there is something left to learn. ``
 """
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..bench.build import build_benchmark
 from ..bench.schema import load_benchmark, row_of
 from ..evaluation import evaluate
 from ..runs import read_json, write_jsonl
-from ..runtime import StkitError, versions
+from ..runtime import StkitError, commit, versions
 from ..train.grpo import grpo
 from ..vlm import tiny
 from ..vlm.load import load_model
@@ -34,10 +33,8 @@ def choice_questions(out: Path, clips: int, seed: int, progress: bool = True) ->
 
 def accuracy(model: Path, questions: Path, out: Path, progress: bool = True) -> dict:
     """A model's scores on a question file, by greedy decoding, without a blind run beside (it decides nothing here)."""
-    if not (out / "scores.json").exists():
-        asked = {"mode": "generate", "max_new_tokens": MAX_NEW_TOKENS, "blind": False}
-        evaluate(questions, model=str(model), out=out, progress=progress, **asked)
-    return read_json(out / "scores.json")
+    asked = {"mode": "generate", "max_new_tokens": MAX_NEW_TOKENS, "blind": False}
+    return evaluate(questions, model=str(model), out=out, progress=progress, **asked).scores
 
 
 def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool = True) -> tuple[Path, float]:
@@ -85,20 +82,9 @@ def facts_of(out: Path, recipe: Mapping, seed: int, told: int) -> dict:
         "preset": bench["settings"]["preset"]["name"], "hash": bench["hash"],
     }  # fmt: skip
     return {
-        "command": shlex.join(["stkit", *sys.argv[1:]]), "commit": commit(), "seed": seed, "recipe": recipe,
+        "command": shlex.join(["stkit", *sys.argv[1:]]), "commit": commit() or "unknown", "seed": seed, "recipe": recipe,
         "benchmark": films, "told": {"seed": seed, "walks": told, "split": SPLIT}, "versions": versions(),
     }  # fmt: skip
-
-
-def commit() -> str:
-    """The commit of the code that runs; with "+" where files of it were changed since, "" outside of a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "stkit")
-    return git("rev-parse", "HEAD") + "+" * bool(changed)
 
 
 def told(found: Mapping) -> str:

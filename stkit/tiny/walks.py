@@ -86,6 +86,11 @@ def plan_of(row: dict) -> Plan:
     return Plan(**{**row, **own, "landmarks": marks, "actions": acts})
 
 
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """An array on disk: the one that is there, or a new one of zeros."""
+    return np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype, shape)
+
+
 class Films:
     """A benchmark's clips as walks whose frames lie, at the model's size, in one memory-mapped array.
 
@@ -111,10 +116,8 @@ class Films:
         paths = [benchmark.video_path(clip.video) for clip in benchmark.clips]
         first = self._read(paths[0])
         shape = (len(paths), *first.pixels.shape)
-        mode = "r+" if (out / "frames.npy").exists() else "w+"
-        open_array = np.lib.format.open_memmap
-        self.frames = open_array(out / "frames.npy", mode, np.uint8, shape)
-        self.times = open_array(out / "times.npy", mode, np.float64, (len(paths), len(first.timestamps_s)))
+        self.frames = _array(out / "frames.npy", np.uint8, shape)
+        self.times = _array(out / "times.npy", np.float64, shape[:2])
         for k in tqdm(range(len(paths)), "reading films", unit="clip", disable=not progress):
             clip = benchmark.clips[k]
             truth = load_truth(benchmark, clip.id)

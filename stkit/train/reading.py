@@ -119,7 +119,7 @@ def _build(kind, raw, where: str):
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
             raise BadUse(f"unknown key {name!r}: did you mean {_nearest(name, where)!r}?")
-        found[key] = _build(hints[key], value, name) if is_dataclass(hints[key]) else _value(hints[key], value, name)
+        found[key] = _build(hints[key], value, name) if is_dataclass(hints[key]) else read_value(hints[key], value, name)
     return kind(**found)
 
 
@@ -146,20 +146,20 @@ def _nearest(name: str, where: str) -> str:
     return difflib.get_close_matches(name, own or keys, 1, 0.0)[0]
 
 
-def _value(hint, value, name: str):
+def read_value(hint, value, name: str):
     """A value of its type: numbers may come as texts ("1e-5", which YAML takes for one), tuples as lists."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _value(next(a for a in arguments if a is not type(None)), value, name)
+        return read_value(next(a for a in arguments if a is not type(None)), value, name)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_value(arguments[0], item, name) for item in items)
+        return tuple(read_value(arguments[0], item, name) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise BadUse(f"{name}={value!r}: give names with weights")
-        return {str(k): _value(float, v, f"{name}.{k}") for k, v in value.items()}
+        return {str(k): read_value(float, v, f"{name}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)

@@ -1,0 +1,172 @@
+"""From a recipe of a few steps to three folders that load, their scores and their cards: the whole path, small."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stkit import cli
+from stkit.bench.schema import load_benchmark
+from stkit.runs import read_json, write_yaml
+from stkit.runtime import BadUse, StkitError
+from stkit.tiny import cards, scores, ship
+from stkit.tiny.recipe import load_recipe, train_tiny
+from stkit.vlm import tiny
+from stkit.vlm.load import load_model
+
+torch.set_num_threads(1)
+SHORT = 12  # tokens of an answer here
+CHOICE = ["direction", "landmark", "action"]
+STAGE = {"steps": 2, "walks": 2, "per_walk": 1, "lr": 1e-3, "tasks": CHOICE}
+RECIPE = {
+    "films": 2, "told": 2, "dev": 1,
+    "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1}},
+    "grpo": {"train.steps": 1, "grpo.group": 2, "grpo.max_new_tokens": SHORT, "data.tasks": CHOICE, "data.per_clip": 1,
+             "train.batch": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "micro.yaml"
+    write_yaml(path, RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(recipe):
+    """Made by the command, and what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ship, "MAX_NEW_TOKENS", SHORT)
+        out = recipe.parent / "made"
+        assert cli.run(["tiny", "train", "--out", str(out), "--recipe", str(recipe), "--seed", "3"]) == 0
+        return train_tiny(out, recipe, seed=3, progress=False)  # all is there already
+
+
+def test_three_folders_come_out_that_load_with_how_they_were_made(made, recipe):
+    assert set(made["models"]) == set(tiny.SHIPPED) and list(made["stages"]) == ["recall", "answer"]
+    for name, folder in made["models"].items():
+        record = load_model(folder, device="cpu").record
+        manifest = read_json(folder / "manifest.json")
+        assert record["manifest"] == {k: manifest[k] for k in ("commit", "seed", "sha256")} and not record["untrained"]
+        assert (manifest["name"], manifest["seed"], manifest["told"]["walks"]) == (name, 3, 2)
+        bench = load_benchmark(recipe.parent / "made" / "walks")
+        assert manifest["benchmark"]["hash"] == bench.info["hash"] and {c.split for c in bench.clips} == {"train"}
+        assert made["scores"][name]["n"] > 0 and name in ship.told(made)
+
+
+def test_cold_is_one_of_the_kept_copies_and_tiny_the_end_of_the_last_stage(made):
+    def weights(folder):
+        return {name: value.half() for name, value in load_model(folder, device="cpu").model.state_dict().items()}
+
+    def same(one, two):
+        return all(torch.equal(value, two[name]) for name, value in one.items())
+
+    stage = made["stages"]["answer"]
+    kept = sorted((stage / "kept").iterdir())
+    shipped = {name: weights(folder) for name, folder in made["models"].items()}
+    assert [path.name for path in kept] == ["00001", "00002"]
+    assert sum(same(shipped["tiny-cold"], weights(path)) for path in kept) == 1
+    assert same(shipped["tiny"], weights(stage / "model")) and same(shipped["tiny"], weights(kept[1]))
+    assert not same(shipped["tiny"], weights(kept[0]))
+
+
+def test_cold_is_the_first_copy_in_the_range_or_the_nearest(monkeypatch, tmp_path):
+    told = {"a": 0.3, "b": 0.52, "c": 0.9}
+    monkeypatch.setattr(ship, "accuracy", lambda model, *_: {"accuracy": told[model.name]})
+    assert ship.pick_cold([Path("a"), Path("b"), Path("c")], tmp_path, tmp_path) == (Path("b"), 0.52)
+    assert ship.pick_cold([Path("a"), Path("c")], tmp_path, tmp_path) == (Path("a"), 0.3)  # 0.275 off, 0.325 off
+    with pytest.raises(StkitError, match="set its keep_every"):
+        ship.pick_cold([], tmp_path, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def scored(made):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "MAX_NEW_TOKENS", SHORT)
+        out = made["stages"]["answer"].parents[1] / "scored"
+        models = [str(made["models"][name]) for name in ("tiny", "tiny-r1")]
+        return scores.score_tiny(out, clips=1, seed=8, models=models, progress=False), out
+
+
+def test_scores_have_blind_and_interval_beside_and_each_way_of_asking(scored, made):
+    found, out = scored
+    assert found == read_json(out / "scores.json")
+    for name, ways in found["models"].items():
+        assert list(ways) == ["in", "ood", "shuffled", "reversed"]
+        assert ways["in"]["blind"] is not None and ways["in"]["n"] == ways["shuffled"]["n"] > 0
+        assert {"low", "high", "clusters", "by_task", "route"} <= set(ways["in"])
+        assert found["weights"][name] == read_json(Path(name) / "manifest.json")["sha256"]
+    assert [pair["models"] for pair in found["comparisons"]] == [list(found["models"])]
+    assert found["comparisons"][0]["overall"]["clusters"] == 1
+    assert len(scores.text(found).splitlines()) == 1 + 2 * 4
+    assert any("a small model that ships" in said for said in read_json(out / "tiny" / "in" / "scores.json")["notices"])
+    splits = {clip.split for name in ("in", "ood") for clip in load_benchmark(out / name).clips}
+    assert splits == {"test"}
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_filmed(tmp_path):
+    with pytest.raises(BadUse, match="each of another name"):
+        scores.score_tiny(tmp_path / "x", models=["a/model", "b/model"])
+    with pytest.raises(StkitError, match="nowhere.*no such folder"):
+        scores.score_tiny(tmp_path / "x", models=["nowhere"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
+    found = json.loads(json.dumps(scored[0]).replace(f'{made["models"]["tiny"]}"', 'tiny"').replace(
+        f'{made["models"]["tiny-r1"]}"', 'tiny-r1"'))  # fmt: skip
+    data = tmp_path / "data"
+    for name in ("tiny", "tiny-r1"):
+        shutil.copytree(made["models"][name], data / name)
+    monkeypatch.setattr(tiny, "folder", lambda name: data / name)
+    (tmp_path / "scores.json").write_text(json.dumps(found))
+    written = cards.write_cards(tmp_path / "scores.json", tmp_path / "cards")
+    assert {path.name for path in written} == {"README.md", "tiny.md", "tiny_r1.md"}
+    text = (tmp_path / "cards" / "tiny_r1.md").read_text()
+    accuracy = f"{100 * found['models']['tiny-r1']['in']['accuracy']:.1f}"
+    assert f"| in distribution | {accuracy} |" in text and "Then GRPO" in text and found["weights"]["tiny-r1"] in text
+    assert "Then GRPO" not in (tmp_path / "cards" / "tiny.md").read_text()
+    found["weights"]["tiny"] = "0" * 64
+    (tmp_path / "scores.json").write_text(json.dumps(found))
+    with pytest.raises(StkitError, match="score them anew"):
+        cards.write_cards(tmp_path / "scores.json", tmp_path / "cards")
+
+
+@pytest.mark.parametrize("name", ["full", "quick"])
+def test_the_recipes_that_ship_are_whole(name):
+    found = load_recipe(name)
+    assert [stage.name for stage in found.stages] == ["recall", "spell", "match", "read", "see", "answer"]
+    assert found.stages[-1].keep_every and all(stage.told <= found.told for stage in found.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"films": 0}, "films=0: give a number above 0"),
+        ({"told": "many"}, "told='many': give a whole number"),
+        ({"stages": {}}, "stages and grpo hold names with values"),
+        ({"stages": {"a": {"lesson": "sing", **STAGE}}}, "stages.a.lesson='sing' is unknown: use recall"),
+        ({"stages": {"a": STAGE}}, "stages.a=.*: give lesson, steps"),
+        ({"stages": {"a": {"lesson": "see", **STAGE, "speed": 1}}}, "stages.a=.*: give lesson"),
+        ({"stages": {"a": {"lesson": "see", **STAGE, "steps": 0}}}, "stages.a.steps=0: give a number above 0"),
+        ({"stages": {"a": {"lesson": "see", **STAGE, "tasks": ["sing"]}}}, "stages.a.tasks=.*: give some of route"),
+        ({"grpo": {"train.rate": 1}}, "unknown key 'train.rate'"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_name(tmp_path, change, said):
+    write_yaml(tmp_path / "bad.yaml", RECIPE | change)
+    with pytest.raises(BadUse, match=said):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_bad_uses_of_the_command(tmp_path, capsys):
+    out = str(tmp_path / "x")
+    assert cli.run(["tiny", "train", "--out", out, "--quick", "--recipe", "full"]) == 2
+    assert cli.run(["tiny", "train", "--out", out, "--recipe", "none"]) == 2
+    assert cli.run(["tiny", "train", "--out", out, "--until", "never"]) == 2
+    said = capsys.readouterr().err
+    assert "both choose a recipe" in said and "'none' is unknown: use full, quick" in said and "until='never'" in said
+    assert not (tmp_path / "x").exists()

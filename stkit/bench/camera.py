@@ -84,7 +84,8 @@ def _spans(plan: "Plan", preset: Preset) -> list[_Span]:
             step, event = next(events)
             add(preset.event_ticks, event, step, cell, cell, stops[n + 1])
             straight = straight if stop in acts else next(straights)
-    add(preset.end_ticks, "stand", -1, last, last, last)
+    over = spans[-1].begin + spans[-1].ticks
+    add(max(preset.end_ticks, preset.least_ticks - over), "stand", -1, last, last, last)
     return spans
 
 

@@ -179,7 +179,8 @@ def _draw(rng: random.Random, seed: int, index: int, preset: Preset) -> Plan:
 
 def _cells_in_time(preset: Preset, stops: int) -> int:
     """The most cells that a walk may have for each of its events to last as long as two steps of uniform sampling."""
-    ticks = (preset.n_frames - 1) * preset.event_ticks / 2 - preset.start_ticks - preset.end_ticks
+    ticks = (preset.n_frames - 1) * preset.event_ticks / 2
+    ticks = min(ticks, preset.least_ticks or ticks) - preset.start_ticks - preset.end_ticks
     return int((ticks - stops * preset.event_ticks) / preset.cell_ticks)
 
 

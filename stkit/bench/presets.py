@@ -23,7 +23,8 @@ class Preset:
     """What a build draws from. Pairs are inclusive ranges; ``length`` is in cells a straight, light is Doom's.
 
     With the presets' ticks an event lasts at least ``event_ticks``: turns and actions by definition, landmarks because
-    of where they may stand (see ``plans._places``).
+    of where they may stand (see ``plans._places``). A walk that is over before ``least_ticks`` stands still until then, so
+    that walks last equally long: how long they last tells nothing, and a temporal patch is as many seconds in all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Preset:
     event_ticks: int = 55
     start_ticks: int = 30
     end_ticks: int = 10
+    least_ticks: int = 0
     ood: bool = False
 
     @property
@@ -53,7 +55,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset("tiny"),
+    "tiny": Preset("tiny", least_ticks=840),
     "default": Preset("default", 320, 240, turns=(3, 7), landmarks=(3, 6), actions=(2, 4), n_frames=48),
 }
 

@@ -8,8 +8,9 @@ follows from it::
     render(moments)    # "Timeline: stand marble right, straight marble right, straight, open, left, left ash left."
     parse(render(moments)) == moments
 
-An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, the second
-is told if the first was told just before: so an event that two frames in a row show is never left out.
+An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, that one is
+told with which as many changes as possible are told over the whole walk: so that no turn, and no straight between two
+turns, is left out that the frames show.
 """
 
 import math
@@ -75,7 +76,7 @@ def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
         at = [ticks[index] for index in frames]
         motions = [WORDS[columns["event"][tick]] for tick in at]
         marks = [(kind, sides[kind]) for kind in (columns["landmark"][tick] for tick in at)]
-        told = [(MEANT[word], *mark) for word, mark in zip(_newest(motions), _newest(marks), strict=True)]
+        told = [(MEANT[word], *mark) for word, mark in zip(_changes(motions), _changes(marks), strict=True)]
         if unknown := [m for _, *m in told if m != ["", ""] and not (m[0] in LANDMARKS and m[1] in MIRROR)]:
             raise KeyError(*unknown[0])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -83,12 +84,17 @@ def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
     return tuple(Moment(*moment) for moment in told)
 
 
-def _newest(shown: Sequence) -> list:
-    """Of each two frames' values the first, or the second where the first has been told just before."""
-    told = []
-    for first, second in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
-        told.append(second if told and first == told[-1] else first)
-    return told
+def _changes(shown: Sequence) -> list:
+    """Of each two frames' values one, so that as many changes as possible are told; the first where both tell as many."""
+    best: dict = {None: (0, 0, ())}  # by the value told last: changes, how often the second was taken (negative), values
+    for pair in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
+        found: dict = {}
+        for second, value in enumerate(pair):
+            for last, (changes, taken, told) in best.items():
+                own = (changes + (bool(told) and value != last), taken - second, (*told, value))
+                found[value] = max(found.get(value, own), own, key=lambda way: way[:2])
+        best = found
+    return list(max(best.values(), key=lambda way: way[:2])[2])
 
 
 def render(moments: Iterable[Moment], dense: bool = False) -> str:

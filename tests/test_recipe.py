@@ -2,6 +2,7 @@
 "train" only are learned from."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from stkit.bench.schema import load_benchmark
 from stkit.bench.timeline import load_truth, render, timeline
 from stkit.runtime import BadUse
 from stkit.sampling import sample_indices
+from stkit.tiny import glance
 from stkit.tiny.lessons import LESSONS, Reader, lesson, parts
-from stkit.tiny.recipe import Lessons, Stage, run_stage
+from stkit.tiny.recipe import Lessons, Stage, Told, run_stage
 from stkit.tiny.walks import Films, plan_of, planned, planned_walks
+from stkit.train.forest import plant
 from stkit.train.run import read_rows
 from stkit.vlm.load import load_model
 from stkit.vlm.tiny import UNTRAINED
@@ -103,6 +106,7 @@ def test_what_each_lesson_gives_and_teaches(loaded):
     route = ", ".join(f"{mark.kind} {mark.side}" for mark in walk.plan.landmarks)
     back = ", ".join(f"{m.kind} {'left' if m.side == 'right' else 'right'}" for m in reversed(walk.plan.landmarks))
     assert texts["see"] == ("", time_line)
+    assert texts["glance"] == ("", time_line.removeprefix("<think>Timeline:").replace(",", "").rstrip("."))
     assert texts["recall"] == (f"<think>Route: {route}.", f" Reversed: {back}. {back.replace(',', ';')}.")
     given, taught = texts["match"]
     assert given == f"<think>Route: {route}." and taught.startswith(f" Reversed: {back}. A: ") and taught.endswith(end)
@@ -120,6 +124,49 @@ def test_a_lesson_without_a_question_has_none_in_its_prompt(loaded):
     assert prompts["recall"] == "<|im_start|>assistant\n"
     assert prompts["match"] == prompts["spell"] and prompts["match"].startswith("A. ")
     assert question_of(walk).question in prompts["read"]
+
+
+def test_a_glance_reads_three_words_off_the_mean_of_a_patch(films, loaded, monkeypatch):
+    """Features in whose channels the words stand, 0, 32 and 64 further on, are read without an error; others are not."""
+    walk, tokenizer = films.walks[0], loaded.processor.tokenizer
+    lines = lesson([question_of(walk)], walk, "glance", Reader(loaded.processor, "qwen2_5_vl"), films.video(walk))
+    told = [Told(lines, films.video(walk), 0.5)]
+    forest = plant(0, lines, 10**6)
+    table = torch.eye(192)[torch.randperm(192, generator=torch.Generator().manual_seed(0))]  # a word, a channel
+    said = [(m.motion, m.landmark or "none", m.side or "none") for m in walk.moments]
+    tokens = [list(dict.fromkeys(words)) for words in zip(*said)]
+    words = [*dict.fromkeys(word for of_role in tokens for word in of_role)]
+    assert len(said) == 16 and len(words) < 192
+
+    class model:
+        get_input_embeddings = staticmethod(lambda: SimpleNamespace(weight=table))
+
+    features = torch.zeros(16, 12, 192)
+    for k, patch in enumerate(said):
+        for role, word in enumerate(patch):
+            channel = int(table[words.index(word)].argmax())
+            features[k, 3, (channel + 32 * role) % 192] += 12 * 20.0
+    monkeypatch.setattr(glance, "encode_videos", lambda *_: [SimpleNamespace(pooler_output=(features.flatten(0, 1),))])
+    ids = tuple(words.index(word) for patch in said for word in patch)
+    told = [told[0]._replace(lines=[lines[0]._replace(ids=ids)])]
+    roles = [[words.index(word) for word in of_role] for of_role in tokens]
+    loss, numbers = glance.glance_on(roles, model, forest, told)
+    assert float(loss) < 1e-6 and numbers == {"lines": 1, "exact": 1, "learned_tokens": 48, "words": 48}
+    features.zero_()
+    loss, numbers = glance.glance_on(roles, model, forest, told)
+    assert float(loss) == pytest.approx(0.5 * np.mean([np.log(len(words)) for words in roles]), rel=1e-5)
+    assert numbers["exact"] == 0
+
+
+def test_a_glance_leaves_the_words_as_they_are(films, loaded):
+    walk = films.walks[0]
+    lines = lesson([question_of(walk)], walk, "glance", Reader(loaded.processor, "qwen2_5_vl"), films.video(walk))
+    roles = glance.role_tokens(loaded.processor.tokenizer)
+    loss, _ = glance.glance_on(roles, loaded.model, plant(0, lines, 10**6), [Told(lines, films.video(walk), 1.0)])
+    loss.backward()
+    assert loaded.model.get_input_embeddings().weight.grad is None
+    assert all(p.grad.abs().sum() > 0 for p in loaded.model.model.visual.merger.parameters())
+    loaded.model.zero_grad()
 
 
 def test_an_unknown_lesson_is_refused():
@@ -157,6 +204,7 @@ MICRO = {
     "spell": Stage("spell", "spell", 24, 2, 2, 3e-3, CHOICE, warmup=0.2),
     "match": Stage("match", "match", 24, 2, 2, 3e-3, CHOICE, warmup=0.2),
     "read": Stage("read", "read", 24, 2, 2, 3e-3, CHOICE, warmup=0.2),
+    "glance": Stage("glance", "glance", 40, 2, 1, 3e-3, warmup=0.2),
     "see": Stage("see", "see", 20, 2, 1, 3e-3, warmup=0.2),
     "answer": Stage("answer", "answer", 20, 2, 1, 3e-3, CHOICE, told=1, warmup=0.2),
 }

@@ -79,14 +79,14 @@ def test_only_the_sampled_frames_are_told():
 def test_it_reads_as_a_sentence():
     moments = (Moment("stand"), Moment("straight", "brick", "left"), Moment("open a door"), Moment("look up"))
     assert render(moments) == "Timeline: stand, straight brick left, open, up."
-    dense = "Timeline: stand none none, straight brick left, open none none, up none none."
+    dense = "Timeline: stand none none straight brick left open none none up none none."
     assert render(moments, dense=True) == dense and parse(dense) == tuple(moments)
 
 
 @given(MOMENTS)
 def test_reading_undoes_writing(moments):
     text = render(moments)
-    assert parse(text) == tuple(moments)
+    assert parse(text) == parse(render(moments, dense=True)) == tuple(moments)
     assert parse(f"<think>First.\n{text.upper().replace(',', ' ,  ')} Route: left.</think>") == tuple(moments)
 
 
@@ -99,7 +99,7 @@ def test_it_may_be_cut_by_a_tag_a_line_or_the_end_of_the_text():
 @pytest.mark.parametrize("text", [
     "", "left, straight", "Timeline:", "Timeline: .", "Timeline: left,, up.", "Timeline: left, fly.",
     "Timeline: tree left.", "Timeline: straight tree.", "Timeline: straight left tree.", "Timeline: left right.",
-    "Timeline: left. Timeline: left.",
+    "Timeline: left. Timeline: left.", "Timeline: left none none up.", "Timeline: left none none none up none.",
 ])  # fmt: skip
 def test_what_is_no_time_line_or_more_than_one_is_none(text):
     assert parse(text) is None

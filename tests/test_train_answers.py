@@ -57,7 +57,7 @@ def test_every_text_is_read_as_the_right_answer(walks, form):
 
 def test_the_checked_form_reads_each_option_as_far_as_it_agrees():
     assert answer_text(TREE, "checked", moments=SEEN) == (
-        "<think>Timeline: straight tree left, left none none, right none none. Route: left, right. Reversed: left, right. "
+        "<think>Timeline: straight tree left left none none right none none. Route: left, right. Reversed: left, right. "
         "A: left, left. B: right. C: left, right. So the answer is C.</think> <answer>C</answer>"
     )
     longer = replace(TREE, options=("turn left", "turn left, turn right, turn left", "turn left, turn right"))

@@ -101,7 +101,8 @@ def render(moments: Iterable[Moment], dense: bool = False) -> str:
     """A time line in words: an item for every moment, equal ones too.
 
     Args:
-        dense: three words an item, "none none" for no landmark, so that all moments have equally many tokens.
+        dense: three words an item and nothing between them, "none none" for no landmark: so that all moments have
+            equally many tokens, and the text goes on as steadily as the time it tells of.
 
     Raises:
         StkitError: a motion that there is no word for.
@@ -110,9 +111,14 @@ def render(moments: Iterable[Moment], dense: bool = False) -> str:
     for moment in moments:
         if moment.motion not in WORDS:
             raise StkitError(f"motion {moment.motion!r} has no word: use {', '.join(WORDS)}")
-        mark = (moment.landmark, moment.side) if moment.landmark or not dense else (NO_MARK, NO_MARK)
-        items.append(" ".join(filter(None, (WORDS[moment.motion], *mark))))
-    return f"{HEADING} {', '.join(items)}."
+        words = words_of(moment)
+        items.append(" ".join(words if dense or moment.landmark else words[:1]))
+    return f"{HEADING} {(' ' if dense else ', ').join(items)}."
+
+
+def words_of(moment: Moment) -> tuple[str, str, str]:
+    """Its motion, landmark and side in words, "none" for no landmark and no side."""
+    return WORDS[moment.motion], moment.landmark or NO_MARK, moment.side or NO_MARK
 
 
 def parse(text: str) -> tuple[Moment, ...] | None:
@@ -125,10 +131,18 @@ def parse(text: str) -> tuple[Moment, ...] | None:
     stated = STATED.findall(text)
     if len(stated) != 1:
         return None
-    found = [ITEM.fullmatch(" ".join(item.split())) for item in stated[0].split(",")]
+    found = [ITEM.fullmatch(item) for item in _items(stated[0])]
     if not all(found):
         return None
     return tuple(_moment(*(part or "" for part in item.groups())) for item in found)
+
+
+def _items(told: str) -> list[str]:
+    """The items of a time line: with commas between them, or of three words each."""
+    words = told.split()
+    if "," in told or not words or len(words) % 3:
+        return [" ".join(item.split()) for item in told.split(",")]
+    return [" ".join(words[k : k + 3]) for k in range(0, len(words), 3)]
 
 
 def _moment(motion: str, landmark: str, side: str) -> Moment:

@@ -7,6 +7,7 @@
 - "spell": no video, and options in the words of the chain alone: what each of them says is learned, in any order;
 - "match": the same, with the route given: what follows from it is learned;
 - "read": without a video, from the time line on: it is given, the route is learned too;
+- "glance": with the video, without the language part: what each patch of time shows is read off its features;
 - "see": with the video, the time line alone, without a question;
 - "answer": with the video, all of it.
 """
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..bench.schema import LETTERS, Question
-from ..bench.timeline import render
+from ..bench.timeline import render, words_of
 from ..runtime import BadUse, StkitError, generator
 from ..train.answers import answer_text, right_text, short_items
 from ..train.forest import Line
@@ -24,7 +25,8 @@ from ..vlm.prompts import build_prompt, encode_answer
 from ..vlm.video import VideoInputs
 from .walks import Walk
 
-LESSONS = ("recall", "spell", "match", "read", "see", "answer")
+LESSONS = ("recall", "spell", "match", "read", "glance", "see", "answer")
+SEEN = ("glance", "see", "answer")  # lessons with a video
 BARE = ("recall", "spell", "match")  # lessons without a question
 FORM = "checked"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -45,6 +47,8 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     head = f"<think>{line}"
     if not text.startswith(head):
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
+    if lesson == "glance":
+        return "", "".join(f" {word}" for moment in walk.moments for word in words_of(moment)), False
     if lesson == "see":
         return "", head, False
     if lesson == "answer":
@@ -80,7 +84,7 @@ def lesson(
         if kind in BARE:
             bare = _options(question) * (kind != "recall") + ASSISTANT
             prompt = tuple(tokenizer.encode(bare, add_special_tokens=False))
-        elif kind == "see":
+        elif kind in ("glance", "see"):
             nothing = replace(question, question="", options=())
             prompt = build_prompt(nothing, reader.processor, reader.family, video, style="plain").ids
         else:

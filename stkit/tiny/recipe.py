@@ -12,7 +12,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -34,12 +34,12 @@ from ..vlm.logps import tree_logps
 from ..vlm.processes import join_team
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
-from .lessons import LESSONS, Reader, lesson
+from .glance import glance_on, role_tokens
+from .lessons import LESSONS, SEEN, Reader, lesson
 from .ship import accuracy, choice_questions, facts_of, pick_cold, reason, ship
 from .walks import SPLIT, Films, Walk, planned_walks
 
 RECIPES = Path(__file__).parent / "recipes"
-SEEN = ("see", "answer")  # lessons with a video
 MADE_FOR = PRESETS["tiny"]
 
 
@@ -209,9 +209,10 @@ def run_stage(
     loop.resume()
     walks = planned_walks(told, seed) if stage.told or stage.lesson not in SEEN else []
     lessons = Lessons(stage, films, walks, seed, policy, processes.share)
+    loss = partial(glance_on, role_tokens(policy.loaded.processor.tokenizer)) if stage.lesson == "glance" else loss_on
     with loop.guarded():
         while loop.step < stage.steps:
-            update(loop, policy, lessons.of(loop.step))
+            update(loop, policy, lessons.of(loop.step), loss)
             if stage.keep_every and loop.step % stage.keep_every == 0 and processes.first:
                 replace_folder(out / "kept" / f"{loop.step:05d}", policy.save)
             loop.save_if_due(loop.step)
@@ -274,9 +275,9 @@ def _order(count: int, *seeds: object) -> list[int]:
     return order
 
 
-def update(loop: Loop, policy: Policy, told: Sequence[Told]) -> None:
+def update(loop: Loop, policy: Policy, told: Sequence[Told], loss: Callable) -> None:
     """One step of the optimiser on all lessons of an update: each line's mean loss, weighted by its share."""
-    sums = loop.learn(lambda size: plants_of(told, size), lambda forest: loss_on(policy.model, forest, told))
+    sums = loop.learn(lambda size: plants_of(told, size), lambda forest: loss(policy.model, forest, told))
     loop.log({
         "loss": sums["loss"], "exact": sums["exact"] / sums["lines"], "words": sums["words"] / sums["learned_tokens"],
         "lr": sums["lr"], "grad_norm": sums["grad_norm"], "tokens": int(sums["tokens"]), "lines": int(sums["lines"]),

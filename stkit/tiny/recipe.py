@@ -34,7 +34,7 @@ from ..vlm.logps import tree_logps
 from ..vlm.processes import join_team
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
-from .glance import glance_on, role_tokens
+from .glance import glance_loss, glance_on, word_tokens
 from .lessons import LESSONS, SEEN, Reader, lesson
 from .ship import accuracy, choice_questions, facts_of, pick_cold, reason, ship
 from .walks import SPLIT, Films, Walk, planned_walks
@@ -46,7 +46,8 @@ MADE_FOR = PRESETS["tiny"]
 @dataclass(frozen=True)
 class Stage:
     """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
-    lesson "read", whose loss counts ``told_share`` times as much. keep_every: updates between copies of the weights."""
+    lesson "read", whose loss counts ``told_share`` times as much. glance: how much the loss of the lesson "glance" counts,
+    on the same films. keep_every: updates between copies of the weights."""
 
     name: str
     lesson: str
@@ -57,6 +58,7 @@ class Stage:
     tasks: tuple[str, ...] = TASKS
     told: int = 0
     told_share: float = 0.3
+    glance: float = 0.0
     warmup: float = 0.1
     weight_decay: float = 0.05
     keep_every: int = 0
@@ -209,7 +211,8 @@ def run_stage(
     loop.resume()
     walks = planned_walks(told, seed) if stage.told or stage.lesson not in SEEN else []
     lessons = Lessons(stage, films, walks, seed, policy, processes.share)
-    loss = partial(glance_on, role_tokens(policy.loaded.processor.tokenizer)) if stage.lesson == "glance" else loss_on
+    words = word_tokens(policy.loaded.processor.tokenizer)
+    loss = partial(glance_on if stage.lesson == "glance" else partial(loss_on, glance=stage.glance), words=words)
     with loop.guarded():
         while loop.step < stage.steps:
             update(loop, policy, lessons.of(loop.step), loss)
@@ -228,11 +231,13 @@ def precision(stage: Stage) -> str:
 
 
 class Told(typing.NamedTuple):
-    """Lines on one walk, with its film (None: it is told), and how much each line's loss counts."""
+    """Lines on one walk, with its film (None: it is told), how much each line's loss counts, and the tokens of the words
+    that a glance at the film reads."""
 
     lines: list[Line]
     video: VideoInputs | None
     share: float
+    words: tuple[int, ...] = ()
 
 
 class Lessons:
@@ -264,7 +269,8 @@ class Lessons:
         asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in self.stage.tasks]
         video = self.films.video(walk) if kind in SEEN else None
         chosen = rng.sample(asked, min(count, len(asked)))
-        return Told(lesson(chosen, walk, kind, self.reader, video), video, share)
+        words = lesson(chosen[:1], walk, "glance", self.reader, video)[0].ids if kind in SEEN else ()
+        return Told(lesson(chosen, walk, kind, self.reader, video), video, share, words)
 
 
 @lru_cache(maxsize=8)
@@ -294,9 +300,12 @@ def plants_of(told: Sequence[Told], max_tokens: int) -> list[Plant]:
     return found
 
 
-def loss_on(model, forest: Sequence[Plant], told: Sequence[Told]) -> tuple[torch.Tensor, dict]:
+def loss_on(
+    model, forest: Sequence[Plant], told: Sequence[Told], glance: float = 0.0, words: Sequence[Sequence[int]] = ()
+) -> tuple[torch.Tensor, dict]:
     """The loss of some trees, a scalar, and numbers that add up: lines, of which exact (every learned token has a
-    probability over one half), learned_tokens, of which words (it has)."""
+    probability over one half), learned_tokens, of which words (it has). glance: how much a glance at the films counts
+    beside; words: see :func:`stkit.tiny.glance.word_tokens`."""
     videos = [told[one.clip].video for one in forest]
     seen = iter(encode_videos(model, [v for v in videos if v is not None]) if any(videos) else ())
     features = [None if v is None else next(seen) for v in videos]
@@ -308,7 +317,13 @@ def loss_on(model, forest: Sequence[Plant], told: Sequence[Told]) -> tuple[torch
         "lines": len(leaves), "exact": sum(bool(right[piece].all()) for piece in leaves),
         "learned_tokens": int((weight != 0).sum()), "words": int((right & (weight != 0)).sum()),
     }  # fmt: skip
-    return -(found.log_probs * weight).sum(), numbers
+    loss = -(found.log_probs * weight).sum()
+    if glance and any(videos):
+        films = [(one, part.pooler_output[0]) for one, part in zip(forest, features) if part is not None]
+        shares = [glance * told[one.clip].share * len(one.leaves) for one, _ in films]
+        wanted, table = [told[one.clip].words for one, _ in films], model.get_input_embeddings().weight
+        loss = loss + glance_loss(table, [part for _, part in films], wanted, shares, words)[0]
+    return loss, numbers
 
 
 def _scaled(line: Line, share: float) -> Line:

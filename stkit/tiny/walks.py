@@ -20,7 +20,7 @@ from ..bench.plans import Landmark, Plan, PlannedAction, make_plan, plan_row
 from ..bench.presets import MIRROR, PRESETS, Preset
 from ..bench.questions import make_questions
 from ..bench.schema import Question, load_benchmark
-from ..bench.timeline import Moment, load_truth, timeline
+from ..bench.timeline import Moment, load_truth, shown, told
 from ..runs import claim
 from ..runtime import BadUse, child_seed
 from ..sampling import sample_indices
@@ -33,14 +33,19 @@ SPLIT = "train"
 
 @dataclass(frozen=True)
 class Walk:
-    """A walk with what each patch of time shows. ``film``: which of the films shows it, None for a walk that is only
+    """A walk with what each sampled frame shows. ``film``: which of the films shows it, None for a walk that is only
     told; ``flipped``: the film is to be mirrored."""
 
     name: str
     plan: Plan
-    moments: tuple[Moment, ...]
+    frames: tuple[Moment, ...]
     film: int | None = None
     flipped: bool = False
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """What is told of each patch of time."""
+        return told(self.frames)
 
     def mirrored(self) -> "Walk":
         """The same walk with left and right exchanged."""
@@ -49,10 +54,8 @@ class Walk:
             turns=tuple(MIRROR[turn] for turn in self.plan.turns),
             landmarks=tuple(replace(mark, side=MIRROR[mark.side]) for mark in self.plan.landmarks),
         )
-        moments = tuple(
-            Moment(MIRROR.get(m.motion, m.motion), m.landmark, MIRROR.get(m.side, "")) for m in self.moments
-        )
-        return replace(self, plan=plan, moments=moments, flipped=not self.flipped)
+        frames = tuple(Moment(MIRROR.get(m.motion, m.motion), m.landmark, MIRROR.get(m.side, "")) for m in self.frames)
+        return replace(self, plan=plan, frames=frames, flipped=not self.flipped)
 
     def questions(self, preset: Preset, seed: int) -> list[Question]:
         """Its eight questions (fewer where one cannot be asked), with options, wording and letters drawn from ``seed``."""
@@ -74,8 +77,8 @@ def planned(name: str, plan: Plan, preset: Preset) -> Walk:
         "ticks": {"event": [t.event for t in ticks], "landmark": [t.landmark for t in ticks]},
         "plan": plan_row(plan),
     }
-    shown = sample_indices(len(truth["frame_ticks"]), preset.fps, preset.sampling, n=preset.n_frames)
-    return Walk(name, plan, timeline(truth, shown))
+    taken = sample_indices(len(truth["frame_ticks"]), preset.fps, preset.sampling, n=preset.n_frames)
+    return Walk(name, plan, shown(truth, taken))
 
 
 def plan_of(row: dict) -> Plan:
@@ -124,8 +127,8 @@ class Films:
             if not self.times[k].any():
                 read = self._read(paths[k])
                 self.frames[k], self.times[k] = read.pixels, read.timestamps_s
-            shown = sample_indices(clip.frames, clip.fps, self.how["sampling"], n=self.how["frames"])
-            self.walks.append(Walk(clip.id, plan_of(truth["plan"]), timeline(truth, shown), k))
+            taken = sample_indices(clip.frames, clip.fps, self.how["sampling"], n=self.how["frames"])
+            self.walks.append(Walk(clip.id, plan_of(truth["plan"]), shown(truth, taken), k))
 
     def _read(self, path: Path) -> Frames:
         how, factor = self.how, self.spec.patch * self.spec.merge

@@ -182,6 +182,20 @@ def test_two_processes_share_a_folder(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_an_entry_that_another_process_deletes_before_it_has_its_name_is_not_cached(tmp_path, monkeypatch):
+    replaced = os.replace
+
+    def late(source, target):
+        os.unlink(source)
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FrameCache(tmp_path).put("a", small(1))
+    assert FrameCache(tmp_path).get("a") is None and not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_costs_time_and_not_the_run(tmp_path, clip, monkeypatch):
     def full(*a, **k):
         raise OSError(28, "No space left on device")

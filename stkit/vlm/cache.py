@@ -70,7 +70,10 @@ class FrameCache:
                 temporary = Path(file.name)
                 arrays = {name: getattr(frames, name) for name in ARRAYS}
                 np.savez(file, facts=np.frombuffer(facts, np.uint8), **arrays)
-            os.replace(temporary, self.folder / f"{key}.npz")
+            try:
+                os.replace(temporary, self.folder / f"{key}.npz")
+            except FileNotFoundError:  # another process made room before it had its name
+                return
             self.prune()
         except OSError as error:
             warnings.warn(f"the frames are not cached: {explain(error)}", stacklevel=2)

@@ -48,7 +48,7 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     if not text.startswith(head):
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
     if lesson == "glance":
-        return "", "".join(f" {word}" for moment in walk.frames for word in words_of(moment)), False
+        return "", glanced(walk), False
     if lesson == "see":
         return "", head, False
     if lesson == "answer":
@@ -61,6 +61,11 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     if lesson == "recall" and not question.is_open:
         learned = f"{learned.partition(' A:')[0]} {'; '.join(short_items(question, right_text(question)))}."
     return f"<think>{given.lstrip()}{stop}", learned, lesson != "recall"
+
+
+def glanced(walk: Walk) -> str:
+    """What each of its frames shows, three words a frame."""
+    return "".join(f" {word}" for moment in walk.frames for word in words_of(moment))
 
 
 def lesson(

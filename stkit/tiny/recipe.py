@@ -32,10 +32,11 @@ from ..vlm import tiny
 from ..vlm.load import load_model
 from ..vlm.logps import tree_logps
 from ..vlm.processes import join_team
+from ..vlm.prompts import encode_answer
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
 from .glance import glance_loss, glance_on, word_tokens
-from .lessons import LESSONS, SEEN, Reader, lesson
+from .lessons import LESSONS, SEEN, Reader, glanced, lesson
 from .ship import accuracy, choice_questions, facts_of, pick_cold, reason, ship
 from .walks import SPLIT, Films, Walk, planned_walks
 
@@ -269,7 +270,7 @@ class Lessons:
         asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in self.stage.tasks]
         video = self.films.video(walk) if kind in SEEN else None
         chosen = rng.sample(asked, min(count, len(asked)))
-        words = lesson(chosen[:1], walk, "glance", self.reader, video)[0].ids if kind in SEEN else ()
+        words = encode_answer(self.reader.processor.tokenizer, glanced(walk))[:-1] if kind in SEEN else ()
         return Told(lesson(chosen, walk, kind, self.reader, video), video, share, words)
 
 

@@ -201,9 +201,11 @@ def test_every_turn_and_action_takes_the_same_ticks_and_every_cell_too(walks):
         ticks = schedule(plan, TINY)
         counts = Counter((tick.event, tick.step) for tick in ticks)
         steps = plan.route().steps
+        moving = sum(plan.lengths) * TINY.cell_ticks + (len(plan.turns) + len(plan.actions)) * TINY.event_ticks
+        assert moving + TINY.start_ticks + TINY.end_ticks <= TINY.least_ticks
         for (event, step), count in counts.items():
             if event == "stand":
-                assert step == -1 and count >= TINY.start_ticks + TINY.end_ticks
+                assert step == -1 and count == TINY.least_ticks - moving
             elif event != "straight":
                 assert steps[step].value == event and count == TINY.event_ticks
         straights = [

@@ -64,6 +64,25 @@ def test_a_turn_that_begins_in_the_second_frame_of_two_is_told_and_a_straight_be
     assert [m.motion for m in told] == ["left", "straight", "left"]
 
 
+EVENTS = st.sampled_from(["left", "right", "pause"])
+
+
+def told_of(walk, before: int) -> list:
+    """The events told of some, each with its frames and those of the straight after it, from a frame on."""
+    frames = ["straight"] * before + [m for event, own, after in walk for m in [event] * own + ["straight"] * after]
+    return [word for word in runs(m.motion for m in timeline(of(frames), range(len(frames)))) if word != "straight"]
+
+
+@given(st.lists(st.tuples(EVENTS, st.integers(2, 4), st.integers(2, 4)), min_size=1), st.integers(1, 2))
+def test_every_event_is_told_and_equal_ones_apart(walk, before):
+    assert told_of(walk, before) == [event for event, *_ in walk]
+
+
+@given(EVENTS, EVENTS, st.integers(2, 4), st.integers(2, 4), st.integers(1, 2))
+def test_two_events_are_told_apart_by_a_straight_of_one_frame(one, two, own, others, before):
+    assert told_of([(one, own, 1), (two, others, 2)], before) == [one, two]
+
+
 def test_a_landmark_comes_with_its_side_and_goes_when_it_is_passed():
     truth = of(["straight"] * 6, ["tree", "tree", "tree", "", "", "fire"])
     assert timeline(truth, range(6)) == (

@@ -9,8 +9,9 @@ follows from it::
     parse(render(moments)) == moments
 
 An item is a motion, then the landmark in view and its side, if there is one. Where the two frames differ, the first is
-told if the second was told just before: so nothing that two frames in a row show is left out, a straight between two
-turns to one side that a single frame shows is told too, and each item follows from its frames and the item before.
+told if the second was told just before. So each item follows from its frames and the item before. Events in two frames or
+more, with a straight in two frames or more between, are all told, and equal ones apart; so are two with a straight of a
+single frame between (not always three: there may be too few items for it).
 """
 
 import math
@@ -98,12 +99,12 @@ def told(frames: Sequence[Moment]) -> tuple[Moment, ...]:
     return tuple(Moment(motion, *mark) for motion, mark in zip(motions, marks, strict=True))
 
 
-def _latest(shown: Sequence) -> list:
+def _latest(values: Sequence) -> list:
     """Of each two frames' values the second, or the first where the second has been told just before."""
-    told = []
-    for first, second in zip_longest(shown[::2], shown[1::2], fillvalue=shown[-1]):
-        told.append(first if told and second == told[-1] else second)
-    return told
+    kept = []
+    for first, second in zip_longest(values[::2], values[1::2], fillvalue=values[-1]):
+        kept.append(first if kept and second == kept[-1] else second)
+    return kept
 
 
 def render(moments: Iterable[Moment], dense: bool = False) -> str:
@@ -146,11 +147,11 @@ def parse(text: str) -> tuple[Moment, ...] | None:
     return tuple(_moment(*(part or "" for part in item.groups())) for item in found)
 
 
-def _items(told: str) -> list[str]:
+def _items(text: str) -> list[str]:
     """The items of a time line: with commas between them, or of three words each."""
-    words = told.split()
-    if "," in told or not words or len(words) % 3:
-        return [" ".join(item.split()) for item in told.split(",")]
+    words = text.split()
+    if "," in text or not words or len(words) % 3:
+        return [" ".join(item.split()) for item in text.split(",")]
     return [" ".join(words[k : k + 3]) for k in range(0, len(words), 3)]
 
 

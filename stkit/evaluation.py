@@ -41,6 +41,7 @@ SMALL = (
     "a small model that ships: it learned from walks of this world, on other maps. Real are the films, its training, these "
     "scores and their intervals; small are the world, its language and the model, and nothing follows for other videos"
 )
+UNTAUGHT = "this model was taught to think first, never to name a letter at once, so expect chance: ask it with mode 'generate'"
 MODES = ("letter", "generate")
 
 
@@ -217,10 +218,12 @@ def _finish(inquiry: Inquiry) -> dict:
     inquiry.merge()
     said, benchmark, record = inquiry.read(), inquiry.benchmark, inquiry.interview.loaded.record
     scores = score(list(said.values()), list(inquiry.unseen.values()), inquiry.questions)
-    control = inquiry.interview.settings.control
+    asked = inquiry.interview.settings
+    control = asked.control
     notices = ["untrained weights: expect chance"] * record["untrained"]
     notices += [text for name, text in CONTROL_NOTICES.items() if name == control] + scores["notices"]
-    notices += [SMALL] * bool(record.get("manifest"))
+    if record.get("manifest"):
+        notices += [UNTAUGHT] * (asked.mode == "letter") + [SMALL]
     if benchmark.skipped:
         notices.append(f"{len(benchmark.skipped)} malformed rows were left out")
     if inquiry.remote:

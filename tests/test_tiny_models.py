@@ -9,6 +9,7 @@ import torch
 
 from stkit import cli
 from stkit.bench.schema import load_benchmark
+from stkit.evaluation import UNTAUGHT, evaluate
 from stkit.runs import read_json, write_yaml
 from stkit.runtime import BadUse, StkitError
 from stkit.tiny import cards, scores, ship
@@ -95,16 +96,22 @@ def test_scores_have_blind_and_interval_beside_and_each_way_of_asking(scored, ma
     found, out = scored
     assert found == read_json(out / "scores.json")
     for name, ways in found["models"].items():
-        assert list(ways) == ["in", "ood", "shuffled", "reversed"]
+        assert list(ways) == ["in", "ood", "blind", "shuffled", "reversed"]
         assert ways["in"]["blind"] is not None and ways["in"]["n"] == ways["shuffled"]["n"] > 0
         assert {"low", "high", "clusters", "by_task", "route"} <= set(ways["in"])
         assert found["weights"][name] == read_json(Path(name) / "manifest.json")["sha256"]
     assert [pair["models"] for pair in found["comparisons"]] == [list(found["models"])]
     assert found["comparisons"][0]["overall"]["clusters"] == 1
-    assert len(scores.text(found).splitlines()) == 1 + 2 * 4
+    assert len(scores.text(found).splitlines()) == 1 + 2 * 5
     assert any("a small model that ships" in said for said in read_json(out / "tiny" / "in" / "scores.json")["notices"])
     splits = {clip.split for name in ("in", "ood") for clip in load_benchmark(out / name).clips}
     assert splits == {"test"}
+
+
+def test_letters_alone_come_with_the_notice_that_they_were_never_taught(scored, made):
+    _, out = scored
+    found = evaluate(out / "in", made["models"]["tiny"], out / "letters", limit=1, progress=False)
+    assert [UNTAUGHT in notices for notices in (found.scores["notices"], read_json(out / "tiny" / "in" / "scores.json")["notices"])] == [True, False]
 
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_filmed(tmp_path):

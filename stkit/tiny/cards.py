@@ -18,7 +18,8 @@ from ..vlm import tiny
 
 CARDS = Path(__file__).parents[2] / "data_cards"
 WAYS = {
-    "in": "in distribution", "ood": "out of distribution", "shuffled": "frames shuffled", "reversed": "frames backwards",
+    "in": "in distribution", "ood": "out of distribution", "blind": "no frames, thinking", "shuffled": "frames shuffled",
+    "reversed": "frames backwards",
 }  # fmt: skip
 WHAT = {
     "tiny": "the end of the recipe's supervised stages",
@@ -94,7 +95,7 @@ questions in distribution. Greedy decoding; chance is 25; intervals are clustere
 {table(ways)}
 
 `stkit tiny score --out DIR --clips {scores["clips"]} --seed {scores["seed"]}` gives them; choose a seed of your own. "Blind" is the same
-questions without the video. With frames backwards, {_turns(ways)}
+questions without the video, by the likeliest letter; the third row is the same with a thought. With frames backwards, {_turns(ways)}
 
 ## Data
 {bench["clips"]} filmed walks (seed {bench["seed"]}, preset "{bench["preset"]}") and {manifest["told"]["walks"]} walks that were told without a

@@ -4,7 +4,7 @@
     found["models"]["tiny"]["in"]["by_task"]["direction/forward"]
 
 Walks of split "test" are made from a seed of the caller's; a second set is out of distribution. Decoding is greedy, the
-blind score stands beside each, and shuffled and reversed frames show what an answer rests on.
+blind score stands beside each; thoughts without any frames, and with shuffled and reversed ones, show what an answer rests on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ..vlm import tiny
 from ..vlm.load import find, result_of_run
 
 MAX_NEW_TOKENS = 256  # the longest answer that is taught, a reversed route with its time line, has less
-CONTROLS = ("shuffled", "reversed")
+CONTROLS = ("blind", "shuffled", "reversed")
 SHOWN = (
     "accuracy", "low", "high", "n", "clusters", "chance", "blind", "minus_blind", "unparsed_rate", "failed", "by_task",
     "by_order", "route", "turn_order",
@@ -38,11 +38,11 @@ def score_tiny(
         clips: walks in distribution, and as many out of it.
         seed: of the walks; any but those of training would do, as splits go by map.
         models: names or folders for :func:`stkit.load_model`.
-        controls: also ask with shuffled and with reversed frames.
+        controls: also ask without frames (thinking too; the blind score beside is by letter), with shuffled and with reversed ones.
 
     Returns:
         clips, seed, versions, benchmarks (hash of each), weights (SHA-256, where a manifest tells it), models: for each
-        the scores "in", "ood" (and "shuffled", "reversed"), see :func:`summary`; comparisons of the first model with
+        the scores "in", "ood" (and "blind", "shuffled", "reversed"), see :func:`summary`; comparisons of the first model with
         each other, paired.
 
     Raises:

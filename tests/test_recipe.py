@@ -105,7 +105,7 @@ def test_what_each_lesson_gives_and_teaches(loaded):
     end = "</think> <answer>{}</answer><|im_end|>".format("ABCD"[question.answer])
     route = ", ".join(f"{mark.kind} {mark.side}" for mark in walk.plan.landmarks)
     back = ", ".join(f"{m.kind} {'left' if m.side == 'right' else 'right'}" for m in reversed(walk.plan.landmarks))
-    assert texts["see"] == ("", time_line)
+    assert texts["see"] == texts["tell"] == ("", time_line)
     frames = "".join(f" {render([m], dense=True).removeprefix('Timeline: ').rstrip('.')}" for m in walk.frames)
     assert texts["glance"] == ("", frames) and len(frames.split()) == 32 * 3
     assert texts["recall"] == (f"<think>Route: {route}.", f" Reversed: {back}. {back.replace(',', ';')}.")
@@ -124,7 +124,7 @@ def test_a_lesson_without_a_question_has_none_in_its_prompt(loaded):
     prompts = {k: tokenizer.decode(lesson([question_of(walk)], walk, k, reader)[0].prompt) for k in LESSONS}
     assert prompts["recall"] == "<|im_start|>assistant\n"
     assert prompts["match"] == prompts["spell"] and prompts["match"].startswith("A. ")
-    assert question_of(walk).question in prompts["read"]
+    assert question_of(walk).question in prompts["read"] and prompts["tell"] == prompts["answer"] != prompts["see"]
 
 
 def test_a_glance_reads_six_words_off_the_mean_of_a_patch(films):

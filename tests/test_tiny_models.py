@@ -23,7 +23,8 @@ CHOICE = ["direction", "landmark", "action"]
 STAGE = {"steps": 2, "walks": 2, "per_walk": 1, "lr": 1e-3, "tasks": CHOICE}
 RECIPE = {
     "films": 2, "told": 2, "dev": 1,
-    "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1}},
+    "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1},
+               "polish": {"lesson": "answer", **STAGE, "steps": 1}},
     "grpo": {"train.steps": 1, "grpo.group": 2, "grpo.max_new_tokens": SHORT, "data.tasks": CHOICE, "data.per_clip": 1,
              "train.batch": 1},
 }  # fmt: skip
@@ -47,7 +48,7 @@ def made(recipe):
 
 
 def test_three_folders_come_out_that_load_with_how_they_were_made(made, recipe):
-    assert set(made["models"]) == set(tiny.SHIPPED) and list(made["stages"]) == ["recall", "answer"]
+    assert set(made["models"]) == set(tiny.SHIPPED) and list(made["stages"]) == ["recall", "answer", "polish"]
     for name, folder in made["models"].items():
         record = load_model(folder, device="cpu").record
         manifest = read_json(folder / "manifest.json")
@@ -58,7 +59,7 @@ def test_three_folders_come_out_that_load_with_how_they_were_made(made, recipe):
         assert made["scores"][name]["n"] > 0 and name in ship.told(made)
 
 
-def test_cold_is_one_of_the_kept_copies_and_tiny_the_end_of_the_last_stage(made):
+def test_cold_is_one_of_the_copies_kept_on_the_way_and_tiny_the_end_of_the_last_stage(made):
     def weights(folder):
         return {name: value.half() for name, value in load_model(folder, device="cpu").model.state_dict().items()}
 
@@ -70,8 +71,8 @@ def test_cold_is_one_of_the_kept_copies_and_tiny_the_end_of_the_last_stage(made)
     shipped = {name: weights(folder) for name, folder in made["models"].items()}
     assert [path.name for path in kept] == ["00001", "00002"]
     assert sum(same(shipped["tiny-cold"], weights(path)) for path in kept) == 1
-    assert same(shipped["tiny"], weights(stage / "model")) and same(shipped["tiny"], weights(kept[1]))
-    assert not same(shipped["tiny"], weights(kept[0]))
+    assert same(shipped["tiny"], weights(made["stages"]["polish"] / "model")) and same(weights(stage / "model"), weights(kept[1]))
+    assert not any(same(shipped["tiny"], weights(path)) for path in kept)
 
 
 def test_cold_is_the_first_copy_in_the_range_or_the_nearest(monkeypatch, tmp_path):
@@ -79,7 +80,7 @@ def test_cold_is_the_first_copy_in_the_range_or_the_nearest(monkeypatch, tmp_pat
     monkeypatch.setattr(ship, "accuracy", lambda model, *_: {"accuracy": told[model.name]})
     assert ship.pick_cold([Path("a"), Path("b"), Path("c")], tmp_path, tmp_path) == (Path("b"), 0.52)
     assert ship.pick_cold([Path("a"), Path("c")], tmp_path, tmp_path) == (Path("a"), 0.3)  # 0.275 off, 0.325 off
-    with pytest.raises(StkitError, match="set its keep_every"):
+    with pytest.raises(StkitError, match="set keep_every"):
         ship.pick_cold([], tmp_path, tmp_path)
 
 
@@ -145,8 +146,9 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_recipes_that_ship_are_whole(name):
     found = load_recipe(name)
-    assert [stage.name for stage in found.stages] == ["recall", "spell", "match", "read", "glance", "see", "answer"]
-    assert found.stages[-1].keep_every and all(stage.told <= found.told for stage in found.stages)
+    names = ["recall", "spell", "match", "read", "glance", "see", "tell", "answer"] + ["polish"] * (name == "full")
+    assert [stage.name for stage in found.stages] == names and any(stage.keep_every for stage in found.stages)
+    assert all(stage.told <= found.told for stage in found.stages)
 
 
 @pytest.mark.parametrize(

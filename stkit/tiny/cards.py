@@ -23,7 +23,7 @@ WAYS = {
 }  # fmt: skip
 WHAT = {
     "tiny": "the end of the recipe's supervised stages",
-    "tiny-cold": "the same recipe stopped early in its last supervised stage, so that there is something left to learn",
+    "tiny-cold": "the same recipe stopped early, so that there is something left to learn",
     "tiny-r1": "`tiny-cold` after GRPO, with rewards for right answers, form and time line",
 }
 INTENDED = """\
@@ -71,7 +71,7 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     """A model's card.
 
     Args:
-        manifest: of the folder that ships.
+        manifest: of the folder that ships; ``note``, if it has one, stands below the recipe.
         scores: what ``stkit tiny score`` wrote.
 
     Raises:
@@ -83,6 +83,7 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     first = next(iter(ways.values()))
     grpo = ", ".join(f"{key}={value}" for key, value in manifest["recipe"]["grpo"].items())
     learned = f"\n\nThen GRPO (`{grpo}`; the rest as in `stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
+    note = f"\n\n{manifest['note']}" if manifest.get("note") else ""
     return f"""# {name}
 
 A Qwen2.5-VL of a few million parameters (Transformers' own classes), trained from nothing by stkit's own parts: {WHAT[name]}.
@@ -105,7 +106,7 @@ hash of the map, so no seed can mix them (tests/test_shipped.py). Benchmark hash
 ## Recipe
 `{manifest["command"]}` at commit `{manifest["commit"]}`, seed {manifest["seed"]}:
 
-{recipe_table(manifest)}{learned}
+{recipe_table(manifest)}{learned}{note}
 
 ## Intended use
 {INTENDED}

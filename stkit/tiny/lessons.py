@@ -9,6 +9,7 @@
 - "read": without a video, from the time line on: it is given, the route is learned too;
 - "glance": with the video, without the language part: what each frame shows is read off the features;
 - "see": with the video, the time line alone, without a question;
+- "tell": the same after a question, so that the words of the time line stand at any distance from the frames;
 - "answer": with the video, all of it.
 """
 
@@ -25,8 +26,8 @@ from ..vlm.prompts import build_prompt, encode_answer
 from ..vlm.video import VideoInputs
 from .walks import Walk
 
-LESSONS = ("recall", "spell", "match", "read", "glance", "see", "answer")
-SEEN = ("glance", "see", "answer")  # lessons with a video
+LESSONS = ("recall", "spell", "match", "read", "glance", "see", "tell", "answer")
+SEEN = ("glance", "see", "tell", "answer")  # lessons with a video
 BARE = ("recall", "spell", "match")  # lessons without a question
 FORM = "checked"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -49,7 +50,7 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
     if lesson == "glance":
         return "", glanced(walk), False
-    if lesson == "see":
+    if lesson in ("see", "tell"):
         return "", head, False
     if lesson == "answer":
         return "", text, True

@@ -166,8 +166,9 @@ def train_tiny(
 def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], progress: bool) -> dict:
     """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
     last = made[plan.stages[-1].name]
+    kept = [copy for folder in made.values() for copy in sorted((folder / "kept").glob("*"))]
     questions = choice_questions(out / "dev", plan.dev, seed, progress)
-    cold, cold_accuracy = pick_cold(sorted((last / "kept").glob("*")), questions, out / "dev-scores", progress)
+    cold, cold_accuracy = pick_cold(kept, questions, out / "dev-scores", progress)
     reasoned = reason(cold, out / "walks", out / "grpo", plan.grpo, seed, progress)
     facts = facts_of(out, asdict(plan), seed, plan.told)
     sources = {"tiny": last / "model", "tiny-cold": cold, "tiny-r1": reasoned}

@@ -1,6 +1,6 @@
 """From the stages' weights to the three folders that ship: ``tiny``, ``tiny-cold`` and ``tiny-r1``.
 
-``tiny`` is the end of the last stage. ``tiny-cold`` is the same stage stopped early, where it is right about half of the
+``tiny`` is the end of the last stage. ``tiny-cold`` is the recipe stopped early, where it is right about half of the
 time, as walks of split "dev" tell: so that there is something left to learn. ``tiny-r1`` is ``tiny-cold`` after GRPO.
 """
 
@@ -41,7 +41,7 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
     """The first of the kept weights whose accuracy on dev lies in :data:`COLD`, else the nearest to its middle.
 
     Args:
-        kept: model folders in the order of training.
+        kept: model folders (``stage/kept/update``) in the order of training.
         questions: see :func:`choice_questions`.
 
     Returns:
@@ -51,10 +51,10 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
         StkitError: nothing was kept.
     """
     if not kept:
-        raise StkitError("no weights of the last stage were kept: set its keep_every in the recipe")
+        raise StkitError("no weights were kept on the way: set keep_every of a stage in the recipe")
     found: dict[Path, float] = {}
     for model in kept:
-        found[model] = accuracy(model, questions, out / model.name, progress)["accuracy"]
+        found[model] = accuracy(model, questions, out / "-".join(model.parts[-3::2]), progress)["accuracy"]
         if found[model] >= COLD[0]:
             break
     middle = sum(COLD) / 2

@@ -161,6 +161,13 @@ def test_a_glance_beside_another_lesson_counts_as_much_as_it_is_told_to(films, l
     assert float(both - plain) == pytest.approx(0.7 * float(alone), rel=1e-4) and numbers == same
 
 
+def test_what_is_told_beside_films_may_be_of_other_tasks(films, loaded):
+    stage = Stage("answer", "answer", 4, 2, 1, 1e-3, tasks=("action",), told=6, told_tasks=("route",))
+    told = Lessons(stage, films, planned_walks(6, 0), 0, SimpleNamespace(loaded=loaded)).of(0)
+    texts = [loaded.processor.tokenizer.decode(one.lines[0].prompt) for one in told]
+    assert ["Options:" in text for text in texts] == [True] * 2 + [False] * 6  # a route is asked for without options
+
+
 def test_an_unknown_lesson_is_refused():
     walk = planned_walks(1, 3)[0]
     with pytest.raises(BadUse, match="lesson 'sing' is unknown: use recall"):

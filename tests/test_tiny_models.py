@@ -146,7 +146,7 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_recipes_that_ship_are_whole(name):
     found = load_recipe(name)
-    names = ["recall", "spell", "match", "read", "glance", "see", "tell", "answer"] + ["polish"] * (name == "full")
+    names = ["recall", "spell", "match", "read", "glance", "see", "tell", "answer"] + ["polish", "rehearse"] * (name == "full")
     assert [stage.name for stage in found.stages] == names and any(stage.keep_every for stage in found.stages)
     assert all(stage.told <= found.told for stage in found.stages)
 
@@ -162,6 +162,7 @@ def test_the_recipes_that_ship_are_whole(name):
         ({"stages": {"a": {"lesson": "see", **STAGE, "speed": 1}}}, "stages.a=.*: give lesson"),
         ({"stages": {"a": {"lesson": "see", **STAGE, "steps": 0}}}, "stages.a.steps=0: give a number above 0"),
         ({"stages": {"a": {"lesson": "see", **STAGE, "tasks": ["sing"]}}}, "stages.a.tasks=.*: give some of route"),
+        ({"stages": {"a": {"lesson": "see", **STAGE, "told_tasks": ["sing"]}}}, "stages.a.told_tasks=.*: give some of route"),
         ({"grpo": {"train.rate": 1}}, "unknown key 'train.rate'"),
     ],
 )

@@ -47,8 +47,8 @@ MADE_FOR = PRESETS["tiny"]
 @dataclass(frozen=True)
 class Stage:
     """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
-    lesson "read", whose loss counts ``told_share`` times as much. glance: how much the loss of the lesson "glance" counts,
-    on the same films. keep_every: updates between copies of the weights."""
+    lesson "read", whose loss counts ``told_share`` times as much, on ``told_tasks`` (none: the same tasks). glance: how much
+    the loss of the lesson "glance" counts, on the same films. keep_every: updates between copies of the weights."""
 
     name: str
     lesson: str
@@ -59,6 +59,7 @@ class Stage:
     tasks: tuple[str, ...] = TASKS
     told: int = 0
     told_share: float = 0.3
+    told_tasks: tuple[str, ...] = ()
     glance: float = 0.0
     warmup: float = 0.1
     weight_decay: float = 0.05
@@ -108,8 +109,10 @@ def _stage(name: str, row: object) -> Stage:
     stage = Stage(name, **{key: read_value(hints[key], value, f"{where}.{key}") for key, value in row.items()})
     if stage.lesson not in LESSONS:
         raise BadUse(f"{where}.lesson={stage.lesson!r} is unknown: use {', '.join(LESSONS)}")
-    if not stage.tasks or not set(stage.tasks) <= set(TASKS):
-        raise BadUse(f"{where}.tasks={list(stage.tasks)!r}: give some of {', '.join(TASKS)}")
+    for key in ("tasks", "told_tasks"):
+        given = getattr(stage, key)
+        if not set(given) <= set(TASKS) or (key == "tasks" and not given):
+            raise BadUse(f"{where}.{key}={list(given)!r}: give some of {', '.join(TASKS)}")
     for key in ("steps", "walks", "per_walk", "lr"):
         _count(getattr(stage, key), f"{where}.{key}")
     return stage
@@ -256,19 +259,19 @@ class Lessons:
         """The lessons of one update; of several processes this one's share."""
         stage, seen = self.stage, self.stage.lesson in SEEN
         walks = self.films.walks if seen else self.told
-        found = [self._on(walks, stage.lesson, place, stage.per_walk, 1 / (stage.walks * stage.per_walk))
+        found = [self._on(walks, stage.lesson, stage.tasks, place, stage.per_walk, 1 / (stage.walks * stage.per_walk))
                  for place in self.share(range(step * stage.walks, (step + 1) * stage.walks))]  # fmt: skip
-        found += [self._on(self.told, "read", place, 1, stage.told_share / stage.told)
+        found += [self._on(self.told, "read", stage.told_tasks or stage.tasks, place, 1, stage.told_share / stage.told)
                   for place in self.share(range(step * stage.told, (step + 1) * stage.told))]  # fmt: skip
         return found
 
-    def _on(self, walks: Sequence[Walk], kind: str, place: int, count: int, share: float) -> Told:
+    def _on(self, walks: Sequence[Walk], kind: str, tasks: Sequence[str], place: int, count: int, share: float) -> Told:
         epoch, index = divmod(place, len(walks))
         rng = generator(self.seed, self.stage.name, kind, place)
         walk = walks[_order(len(walks), self.seed, self.stage.name, kind, epoch)[index]]
         if rng.random() < 0.5:
             walk = walk.mirrored()
-        asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in self.stage.tasks]
+        asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in tasks]
         video = self.films.video(walk) if kind in SEEN else None
         chosen = rng.sample(asked, min(count, len(asked)))
         words = encode_answer(self.reader.processor.tokenizer, glanced(walk))[:-1] if kind in SEEN else ()

@@ -21,7 +21,7 @@ def test_the_tiny_preset_saves_every_two_steps_and_trains_all_weights():
 
 def test_what_only_one_command_takes_stays_with_it():
     sft, grpo = load_settings("tiny", "sft"), load_settings("tiny", "grpo")
-    assert (sft.train.lr, grpo.train.lr) == (1e-3, 2e-4)
+    assert (sft.train.lr, grpo.train.lr) == (1e-3, 5e-5)
     assert "route" in sft.data.tasks and "route" not in grpo.data.tasks
 
 

@@ -41,7 +41,7 @@ def score(
     models: Annotated[list[str] | None, typer.Argument(help="Names or folders of models; the three that ship without it.")] = None,
     clips: Annotated[int, typer.Option("--clips", help="Fresh walks in distribution, and as many out of it.")] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Of the walks: choose your own.")] = 1,
-    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Also with shuffled and reversed frames.")] = True,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Also without frames, and with shuffled and reversed ones.")] = True,
     as_json: AsJson = False,
 ):
     """Score models on walks that nobody has seen, with the blind score and the controls beside."""

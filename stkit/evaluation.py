@@ -41,7 +41,9 @@ SMALL = (
     "a small model that ships: it learned from walks of this world, on other maps. Real are the films, its training, these "
     "scores and their intervals; small are the world, its language and the model, and nothing follows for other videos"
 )
-UNTAUGHT = "this model was taught to think first, never to name a letter at once, so expect chance: ask it with mode 'generate'"
+UNTAUGHT = (
+    "this model was taught to think first, never to name a letter at once, so expect chance: ask it with mode 'generate'"
+)
 MODES = ("letter", "generate")
 
 

@@ -112,7 +112,8 @@ def test_scores_have_blind_and_interval_beside_and_each_way_of_asking(scored, ma
 def test_letters_alone_come_with_the_notice_that_they_were_never_taught(scored, made):
     _, out = scored
     found = evaluate(out / "in", made["models"]["tiny"], out / "letters", limit=1, progress=False)
-    assert [UNTAUGHT in notices for notices in (found.scores["notices"], read_json(out / "tiny" / "in" / "scores.json")["notices"])] == [True, False]
+    assert UNTAUGHT in found.scores["notices"]
+    assert UNTAUGHT not in read_json(out / "tiny" / "in" / "scores.json")["notices"]
 
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_filmed(tmp_path):
@@ -136,6 +137,11 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
     text = (tmp_path / "cards" / "tiny_r1.md").read_text()
     accuracy = f"{100 * found['models']['tiny-r1']['in']['accuracy']:.1f}"
     assert f"| in distribution | {accuracy} |" in text and "Then GRPO" in text and found["weights"]["tiny-r1"] in text
+    assert "| no frames, thinking |" in text and 'the row "no frames, thinking" is with one' in text
+    manifest = read_json(data / "tiny" / "manifest.json")
+    assert "\n\nIn two sittings.\n" in cards.card("tiny", manifest | {"note": "In two sittings."}, found)
+    plain = found | {"models": {"tiny": {"in": found["models"]["tiny"]["in"]}}}
+    assert "is with one" not in cards.card("tiny", manifest, plain)
     assert "Then GRPO" not in (tmp_path / "cards" / "tiny.md").read_text()
     found["weights"]["tiny"] = "0" * 64
     (tmp_path / "scores.json").write_text(json.dumps(found))

@@ -83,6 +83,7 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     first = next(iter(ways.values()))
     grpo = ", ".join(f"{key}={value}" for key, value in manifest["recipe"]["grpo"].items())
     learned = f"\n\nThen GRPO (`{grpo}`; the rest as in `stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
+    thinking = f", without a thought; the row \"{WAYS['blind']}\" is with one" * ("blind" in ways)
     note = f"\n\n{manifest['note']}" if manifest.get("note") else ""
     return f"""# {name}
 
@@ -96,7 +97,8 @@ questions in distribution. Greedy decoding; chance is 25; intervals are clustere
 {table(ways)}
 
 `stkit tiny score --out DIR --clips {scores["clips"]} --seed {scores["seed"]}` gives them; choose a seed of your own. "Blind" is the same
-questions without the video, by the likeliest letter; the third row is the same with a thought. With frames backwards, {_turns(ways)}
+questions without the video, by the likeliest letter{thinking}.
+With frames backwards, {_turns(ways)}
 
 ## Data
 {bench["clips"]} filmed walks (seed {bench["seed"]}, preset "{bench["preset"]}") and {manifest["told"]["walks"]} walks that were told without a

@@ -4,7 +4,7 @@
     found["models"]["tiny"]["in"]["by_task"]["direction/forward"]
 
 Walks of split "test" are made from a seed of the caller's; a second set is out of distribution. Decoding is greedy, the
-blind score stands beside each; thoughts without any frames, and with shuffled and reversed ones, show what an answer rests on.
+blind score stands beside each; thoughts without frames, and with shuffled and reversed ones, show what answers rest on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,12 +38,13 @@ def score_tiny(
         clips: walks in distribution, and as many out of it.
         seed: of the walks; any but those of training would do, as splits go by map.
         models: names or folders for :func:`stkit.load_model`.
-        controls: also ask without frames (thinking too; the blind score beside is by letter), with shuffled and with reversed ones.
+        controls: also ask without frames (with a thought; the blind score beside is by letter), and with shuffled and
+            with reversed ones.
 
     Returns:
         clips, seed, versions, benchmarks (hash of each), weights (SHA-256, where a manifest tells it), models: for each
-        the scores "in", "ood" (and "blind", "shuffled", "reversed"), see :func:`summary`; comparisons of the first model with
-        each other, paired.
+        the scores "in", "ood" (and "blind", "shuffled", "reversed"), see :func:`summary`; comparisons of the first model
+        with each other, paired.
 
     Raises:
         BadUse: no model, or two whose folders have one name. StkitError: a model that is not there, another scoring's

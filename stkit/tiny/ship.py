@@ -54,7 +54,8 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
         raise StkitError("no weights were kept on the way: set keep_every of a stage in the recipe")
     found: dict[Path, float] = {}
     for model in kept:
-        found[model] = accuracy(model, questions, out / "-".join(model.parts[-3::2]), progress)["accuracy"]
+        name = "-".join(model.parts[-3::2])  # stage and update
+        found[model] = accuracy(model, questions, out / name, progress)["accuracy"]
         if found[model] >= COLD[0]:
             break
     middle = sum(COLD) / 2

@@ -205,6 +205,7 @@ MICRO = {
     "read": Stage("read", "read", 24, 2, 2, 3e-3, CHOICE, warmup=0.2),
     "glance": Stage("glance", "glance", 60, 2, 1, 3e-3, warmup=0.2),
     "see": Stage("see", "see", 20, 2, 1, 3e-3, warmup=0.2),
+    "tell": Stage("tell", "tell", 20, 2, 2, 3e-3, CHOICE, warmup=0.2),
     "answer": Stage("answer", "answer", 20, 2, 1, 3e-3, CHOICE, told=1, warmup=0.2),
 }
 

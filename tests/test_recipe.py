@@ -1,6 +1,7 @@
 """The recipe of the tiny models: lessons teach what they say, each stage learns, a stopped stage goes on, and maps of split
 "train" only are learned from."""
 
+import random
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -82,6 +83,29 @@ def test_a_mirrored_walk_is_seen_and_told_with_left_and_right_exchanged(bench, f
     assert films.video(walk).second_per_grid_s == asked.second_per_grid_s
     flipped = prepare(replace(frames, pixels=np.ascontiguousarray(frames.pixels[:, :, ::-1])), spec, *bounds)
     assert torch.allclose(films.video(mirrored).pixel_values, flipped.pixel_values, atol=0.02)
+
+
+def test_a_shifted_walk_is_what_the_frames_beside_the_sampled_ones_show(bench, loaded, tmp_path):
+    shifts, benchmark, spec = (0, -2, 3), load_benchmark(bench), video_spec(loaded.processor)
+    films = Films(bench, tmp_path / "films", loaded.processor, shifts, progress=False)
+    size = loaded.processor.video_processor.size
+    for walk, clip in zip(films.walks, benchmark.clips):
+        found = [films.shifted(walk, random.Random(seed)) for seed in range(12)]
+        assert {one.shift for one in found} == {0, 1, 2} and all(one.plan == walk.plan for one in found)
+        whole = read_video(benchmark.video_path(clip.video), n=clip.frames + clip.frames % 2)
+        for one in found:
+            places = sample_indices(clip.frames, clip.fps, "uniform", n=32) + shifts[one.shift]
+            places = np.minimum(np.maximum(places, 0), clip.frames - 1)
+            assert one.moments == timeline(load_truth(benchmark, clip.id), places)
+            taken = replace(whole, pixels=whole.pixels[places], timestamps_s=whole.timestamps_s[places])
+            asked = prepare(taken, spec, size["shortest_edge"], size["longest_edge"])
+            assert torch.equal(films.video(one).pixel_values, asked.pixel_values)
+
+
+def test_frames_that_miss_what_happens_are_not_learned_from(bench, loaded, tmp_path):
+    films = Films(bench, tmp_path / "films", loaded.processor, (0, 80), progress=False)  # half of the walk is over
+    assert [len(found) for found in films.others] == [1, 1]
+    assert films.shifted(films.walks[1], random.Random(0)) == films.walks[1]
 
 
 def test_films_of_another_split_are_refused(tmp_path, loaded):

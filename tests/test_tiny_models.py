@@ -22,7 +22,7 @@ SHORT = 12  # tokens of an answer here
 CHOICE = ["direction", "landmark", "action"]
 STAGE = {"steps": 2, "walks": 2, "per_walk": 1, "lr": 1e-3, "tasks": CHOICE}
 RECIPE = {
-    "films": 2, "told": 2, "dev": 1,
+    "films": 2, "shifts": [0, 2], "told": 2, "dev": 1,
     "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1},
                "polish": {"lesson": "answer", **STAGE, "steps": 1}},
     "grpo": {"train.steps": 1, "grpo.group": 2, "grpo.max_new_tokens": SHORT, "data.tasks": CHOICE, "data.per_clip": 1,
@@ -152,7 +152,7 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_recipes_that_ship_are_whole(name):
     found = load_recipe(name)
-    names = ["recall", "spell", "match", "read", "glance", "see", "tell", "answer"] + ["polish", "rehearse"] * (name == "full")
+    names = ["recall", "spell", "match", "read", "glance", "see", "tell", "answer"] + ["polish", "rehearse", "sharpen"] * (name == "full")
     assert [stage.name for stage in found.stages] == names and any(stage.keep_every for stage in found.stages)
     assert all(stage.told <= found.told for stage in found.stages)
 
@@ -161,6 +161,7 @@ def test_the_recipes_that_ship_are_whole(name):
     ("change", "said"),
     [
         ({"films": 0}, "films=0: give a number above 0"),
+        ({"shifts": [2, 0]}, r"shifts=\[2, 0\]: give whole numbers, 0 the first"),
         ({"told": "many"}, "told='many': give a whole number"),
         ({"stages": {}}, "stages and grpo hold names with values"),
         ({"stages": {"a": {"lesson": "sing", **STAGE}}}, "stages.a.lesson='sing' is unknown: use recall"),

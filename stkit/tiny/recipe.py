@@ -68,10 +68,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All of it. films, told: how many walks are filmed, and told without a film. dev: walks by which tiny-cold is picked.
-    grpo: settings of GRPO by dotted key."""
+    """All of it. films, told: how many walks are filmed, and told without a film. shifts: see :class:`Films`. dev: walks by
+    which tiny-cold is picked. grpo: settings of GRPO by dotted key."""
 
     films: int
+    shifts: tuple[int, ...]
     told: int
     dev: int
     stages: tuple[Stage, ...]
@@ -97,8 +98,11 @@ def load_recipe(name: str | Path) -> Recipe:
         raise BadUse(f"{path}: stages and grpo hold names with values")
     stages = tuple(_stage(str(key), row) for key, row in raw["stages"].items())
     counts = {name: _count(read_value(int, raw[name], name), name) for name in ("films", "told", "dev")}
+    shifts = read_value(tuple[int, ...], raw["shifts"], "shifts")
+    if shifts[:1] != (0,) or len(set(shifts)) < len(shifts):
+        raise BadUse(f"shifts={list(shifts)}: give whole numbers, 0 the first, none twice")
     load_settings("tiny", "grpo", raw["grpo"])
-    return Recipe(**counts, stages=stages, grpo=dict(raw["grpo"]))
+    return Recipe(**counts, shifts=shifts, stages=stages, grpo=dict(raw["grpo"]))
 
 
 def _stage(name: str, row: object) -> Stage:
@@ -190,7 +194,7 @@ def _first_weights(folder: Path, seed: int) -> None:
 def _films(out: Path, plan: Recipe, seed: int, model: Path, progress: bool) -> Films:
     """The filmed walks, rendered and decoded once."""
     build_benchmark(out / "walks", plan.films, seed, split=SPLIT, progress=progress)
-    return Films(out / "walks", out / "films", load_model(model, device="cpu").processor, progress)
+    return Films(out / "walks", out / "films", load_model(model, device="cpu").processor, plan.shifts, progress)
 
 
 def run_stage(
@@ -269,6 +273,8 @@ class Lessons:
         epoch, index = divmod(place, len(walks))
         rng = generator(self.seed, self.stage.name, kind, place)
         walk = walks[_order(len(walks), self.seed, self.stage.name, kind, epoch)[index]]
+        if kind in SEEN:
+            walk = self.films.shifted(walk, rng)
         if rng.random() < 0.5:
             walk = walk.mirrored()
         asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in tasks]

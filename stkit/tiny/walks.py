@@ -2,13 +2,15 @@
 
     told = planned_walks(200, seed=0)          # nothing is rendered: a time line is a function of the plan
     films = Films("runs/tiny/walks", "runs/tiny/films", processor)   # decoded once, to a memory-mapped array
-    walk = films.walks[0].mirrored()
+    walk = films.shifted(films.walks[0], rng).mirrored()
     walk.moments, films.video(walk)
 
 Only maps of split "train" are learned from. A mirror image is on the same side of that line as its walk: the split is a
 hash of the map, which is the same for both.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ..bench.presets import MIRROR, PRESETS, Preset
 from ..bench.questions import make_questions
 from ..bench.schema import Question, load_benchmark
 from ..bench.timeline import Moment, load_truth, shown, told
+from ..reporting.chains import items_told
 from ..runs import claim
 from ..runtime import BadUse, child_seed
 from ..sampling import sample_indices
@@ -34,12 +37,13 @@ SPLIT = "train"
 @dataclass(frozen=True)
 class Walk:
     """A walk with what each sampled frame shows. ``film``: which of the films shows it, None for a walk that is only
-    told; ``flipped``: the film is to be mirrored."""
+    told; ``shift``: which of its samples of frames; ``flipped``: the film is to be mirrored."""
 
     name: str
     plan: Plan
     frames: tuple[Moment, ...]
     film: int | None = None
+    shift: int = 0
     flipped: bool = False
 
     @property
@@ -101,46 +105,63 @@ class Films:
         bench: a benchmark folder of split "train".
         out: where the array goes; films that are there are not read again.
         processor: of the model; its sizes are used.
+        shifts: by how many of a film's frames the sampled ones are moved, to see more of it; the first one is 0. Each of
+            them is 0.9 MB a film on the disk.
 
     Raises:
         BadUse: a clip of another split.
     """
 
-    def __init__(self, bench: str | Path, out: str | Path, processor, progress: bool = True):
+    def __init__(self, bench: str | Path, out: str | Path, processor, shifts: Sequence[int] = (0,), progress: bool = True):
         benchmark = load_benchmark(bench)
         if other := [clip.id for clip in benchmark.clips if clip.split != SPLIT]:
             raise BadUse(f"{bench}: clip {other[0]} is of another split: only maps of split {SPLIT!r} are learned from")
         self.how = choose_sampling(benchmark.info, None, None, None)
         self.how |= choose_pixels(processor.video_processor.size, None)
         self.spec, self.fps = video_spec(processor), benchmark.clips[0].fps
-        self.walks = []
+        self.walks: list[Walk] = []
+        self.others: list[list[Walk]] = []  # of each walk: itself, and the same from other frames
         out = Path(out)
-        claim(out, {"benchmark": benchmark.info["hash"], "how": self.how}, name="films.json")
+        facts = {"benchmark": benchmark.info["hash"], "how": self.how, "shifts": list(shifts)}
+        claim(out, facts, name="films.json")
         paths = [benchmark.video_path(clip.video) for clip in benchmark.clips]
-        first = self._read(paths[0])
-        shape = (len(paths), *first.pixels.shape)
-        self.frames = _array(out / "frames.npy", np.uint8, shape)
-        self.times = _array(out / "times.npy", np.float64, shape[:2])
+        first = self._read(paths[0], benchmark.clips[0].frames)
+        shape = (len(paths), len(shifts), self.how["frames"])
+        self.frames = _array(out / "frames.npy", np.uint8, (*shape, *first.pixels.shape[1:]))
+        self.times = _array(out / "times.npy", np.float64, shape)
         for k in tqdm(range(len(paths)), "reading films", unit="clip", disable=not progress):
             clip = benchmark.clips[k]
             truth = load_truth(benchmark, clip.id)
-            if not self.times[k].any():
-                read = self._read(paths[k])
-                self.frames[k], self.times[k] = read.pixels, read.timestamps_s
             taken = sample_indices(clip.frames, clip.fps, self.how["sampling"], n=self.how["frames"])
-            self.walks.append(Walk(clip.id, plan_of(truth["plan"]), shown(truth, taken), k))
+            samples = [np.clip(taken + shift, 0, clip.frames - 1) for shift in shifts]
+            if not self.times[k].any():
+                film = self._read(paths[k], clip.frames)
+                self.frames[k] = film.pixels[np.stack(samples)]
+                self.times[k] = film.timestamps_s[np.stack(samples)]
+            plan = plan_of(truth["plan"])
+            found = [Walk(clip.id, plan, shown(truth, frames), k, at) for at, frames in enumerate(samples)]
+            self.walks.append(found[0])
+            self.others.append([walk for walk in found if _items(walk) == _items(found[0])])
 
-    def _read(self, path: Path) -> Frames:
+    def _read(self, path: Path, frames: int) -> Frames:
+        """All frames of a film; where they are an odd number the last one twice."""
         how, factor = self.how, self.spec.patch * self.spec.merge
-        return load_frames(
-            path, factor, how["min_pixels"], how["max_pixels"], sampling=how["sampling"], n=how["frames"]
-        )
+        return load_frames(path, factor, how["min_pixels"], how["max_pixels"], sampling="uniform", n=frames + frames % 2)
+
+    def shifted(self, walk: Walk, rng: random.Random) -> Walk:
+        """The walk as one of the samples of its film's frames shows it, of those from which the same follows."""
+        return rng.choice(self.others[walk.film])
 
     def video(self, walk: Walk) -> VideoInputs:
         """The film of a walk as the model takes it, mirrored where the walk is."""
-        pixels = self.frames[walk.film]
+        pixels = self.frames[walk.film, walk.shift]
         pixels = np.ascontiguousarray(pixels[:, :, ::-1] if walk.flipped else pixels)
-        times = self.times[walk.film]
+        times = self.times[walk.film, walk.shift]
         indices = np.rint(times * self.fps).astype(np.int64)
         frames = Frames(pixels, times, "", self.how["sampling"], self.fps, int(indices[-1]) + 1, indices)
         return prepare(frames, self.spec, self.how["min_pixels"], self.how["max_pixels"])
+
+
+def _items(walk: Walk) -> list[tuple]:
+    """What the time line says of each task."""
+    return [items_told(walk.moments, task) for task in ("direction", "landmark", "action")]

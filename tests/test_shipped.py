@@ -21,6 +21,7 @@ from stkit import load_model
 from stkit.bench.chunk import clip_plan
 from stkit.bench.plans import Landmark, Plan, PlannedAction, make_plan
 from stkit.bench.presets import preset
+from stkit.runs import write_yaml
 from stkit.runtime import BadUse, StkitError, child_seed
 from stkit.tiny.walks import Walk, planned_walks
 from stkit.train.plan import plan
@@ -321,6 +322,18 @@ def test_a_shipped_name_needs_its_manifest_and_a_folder_of_another_kind_does_not
         with pytest.raises(StkitError, match="manifest.json: no sha256 of model.safetensors there"):
             load_model("tiny", device="cpu")
         assert load_model(own_shelf / "tiny", device="cpu").record["manifest"] is None
+
+
+def test_an_adapter_is_loaded_onto_the_weights_that_it_was_trained_on_and_no_others(own_shelf, untrained, tmp_path):
+    loaded = load_model("tiny", device="cpu")
+    get_peft_model(loaded.model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "run" / "adapter")
+    write_yaml(tmp_path / "run" / "config.yaml", {"model": loaded.record})
+    for ask in ({"name_or_path": tmp_path / "run"}, {"name_or_path": "tiny", "adapter": tmp_path / "run" / "adapter"}):
+        assert load_model(device="cpu", **ask).record["manifest"] == loaded.record["manifest"]
+    tiny.export(tiny.seeded_model(untrained.model.config, seed=2), untrained.processor, own_shelf / "tiny", MANIFEST)
+    now = read(own_shelf / "tiny" / "manifest.json")["sha256"]
+    with pytest.raises(StkitError, match=rf"of tiny with sha256 {loaded.record['manifest']['sha256']}, here they have {now}"):
+        load_model(tmp_path / "run", device="cpu")
 
 
 def test_a_run_goes_on_with_the_same_weights_and_with_no_others(untrained, tmp_path):

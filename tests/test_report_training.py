@@ -19,7 +19,7 @@ from stkit.bench.schema import load_benchmark, row_of
 from stkit.reporting.curves import caption, named, panels
 from stkit.reporting.html import report
 from stkit.reporting.training import pick_groups, training_plot
-from stkit.runs import to_json, write_json, write_jsonl, write_yaml
+from stkit.runs import read_yaml, to_json, write_json, write_jsonl, write_yaml
 from stkit.runtime import BadUse, StkitError
 from stkit.train.run import Run, open_run
 
@@ -309,6 +309,16 @@ def test_notices_say_why_a_score_or_a_run_may_say_little(tmp_path):
         "only 3 clusters were scored: the interval is rough",
     ]
     assert all(notice in Page(source).text for notice in found["notices"])
+
+
+@pytest.mark.parametrize("stage, epoch, told", [("grpo", 20.0, True), ("grpo", 4.9, False), ("sft", 20.0, False)])
+def test_rewards_on_the_same_clips_again_and_again_come_with_a_notice(tmp_path, stage, epoch, told):
+    run = make(tmp_path / "run", [row(1), row(2, epoch=epoch)])
+    config = read_yaml(run / "config.yaml")
+    write_yaml(run / "config.yaml", config | {"stage": stage})
+    found, _ = page_of(run, out=tmp_path / "run.html")
+    assert [notice for notice in found["notices"] if "every clip was learned from 20 times" in notice] == found["notices"]
+    assert bool(found["notices"]) is told
 
 
 def test_many_points_get_a_mean_over_them_and_the_caption_says_so(tmp_path):

@@ -26,6 +26,7 @@ from .plots import TASK_COLOURS
 from .tables import percent
 
 __all__ = ["training_plot", "training_report"]
+OFTEN = 5  # times that a clip was learned from, from which on GRPO's rewards may be learned by heart
 FEW_CLUSTERS = 10
 GROUPS = 4
 LONGEST_TEXT = 1000
@@ -113,7 +114,7 @@ def notices(run: Run, told: Mapping) -> list[str]:
     found = [] if told["steps"] else ["no step is done yet: nothing here is a result"]
     if (run.config.get("model") or {}).get("untrained"):
         found.append("it started from untrained weights")
-    return [*found, *_holes(run, told), *_unlearned(run), *_doubts(told["best"])]
+    return [*found, *_holes(run, told), *_unlearned(run), *_by_heart(told), *_doubts(told["best"])]
 
 
 def _holes(run: Run, told: Mapping) -> list[str]:
@@ -145,6 +146,16 @@ def _unlearned(run: Run) -> list[str]:
         limit = f"grpo.max_new_tokens={_setting(run, 'grpo.max_new_tokens')}"
         found.append(f"only {ended.iloc[-1]:.0f} % of the last step’s rollouts ended within {limit}")
     return found
+
+
+def _by_heart(told: Mapping) -> list[str]:
+    """Rewards on the same few clips again and again."""
+    if told["stage"] != "grpo" or not told["epoch"] or told["epoch"] < OFTEN:
+        return []
+    return [
+        f"every clip was learned from {told['epoch']:.0f} times: the rewards show that the run learns its own clips, "
+        "and not that it does better on others: score clips that it has not seen"
+    ]
 
 
 def _doubts(best: Mapping | None) -> list[str]:

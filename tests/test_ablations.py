@@ -2,6 +2,7 @@
 whole study on noise in seconds, stopped and resumed."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from stkit.tiny.ablation_page import page, verdict
 from stkit.tiny.ablations import Clock, main, run_study
 from stkit.tiny.findings import clusters, contrast, judged, summarise, summary, widened
 from stkit.tiny.study import Arm, load_study
-from stkit.tiny.thoughts import both_orders, thought, write_lessons
+from stkit.tiny.thoughts import both_orders, chain, thought, write_lessons
 from stkit.train.answers import answer_text
 from stkit.train.rewards import Answered
 from stkit.train.sft import opposite
@@ -111,6 +112,27 @@ def test_a_question_without_its_opposite_and_an_unknown_thinking_are_refused():
 def test_both_orders_are_rewarded_when_one_is_the_others_reverse_right_or_wrong(said, reward):
     text = f"<think>Timeline: left tree left. {said}</think> <answer>A</answer>"
     assert both_orders([Answered(FORWARD, text, 9, True, 99)] * 2) == [reward] * 2
+
+
+@pytest.mark.parametrize(
+    "question, said, letter, reward",
+    [
+        (FORWARD, "Route: left, left, right. A: left, left, right. So the answer is A.", "A", 1.0),
+        (BACK, "Route: left, left, right. Reversed: left, right, right. A: right. B: left, right, right. So the answer is B.", "B", 1.0),
+        (BACK, "Route: left, left, right. Reversed: left, right, right. A: right. So the answer is B.", "B", 2 / 3),
+        (BACK, "Route: left, left, right. Reversed: right, right, right. A: right, right, right. So the answer is A.", "A", 2 / 3),
+        (FORWARD, "Route: left, right. A: left, left. So the answer is A.", "A", 0.0),  # no option says so
+        (FORWARD, "Route: right, left, right. A: left. B: right, left, right. So the answer is B.", "B", 1 / 2),  # not what was seen
+        (FORWARD, "Route: left, left, right. A: left, left, right. So the answer is A.", "B", 1 / 2),
+        (FORWARD, "So the answer is A.", "A", 0.0),
+    ],
+)
+def test_what_follows_from_what_was_written_before_is_rewarded(question, said, letter, reward):
+    text = f"<think>{render(MOMENTS, dense=True)} {said}</think> <answer>{letter}</answer>"
+    rollout = Answered(question, text, 9, True, 99)
+    assert chain([rollout, replace(rollout, text="A")]) == [pytest.approx(reward), 0.0]
+    free = replace(question, options=(), answer="turn left", task="route")
+    assert math.isnan(chain([replace(rollout, question=free)])[0])
 
 
 def test_lessons_are_of_the_first_clips_with_the_time_line_of_the_frames_that_are_shown(tmp_path):

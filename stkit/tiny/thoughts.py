@@ -12,6 +12,7 @@ the route always comes before its reverse, since a time line is read from its be
 (``sft.form=checked``) lies between the two: for a forward question it is "direct", for a reverse one "reverse".
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,13 +21,14 @@ from pathlib import Path
 from ..bench.routes import reverse
 from ..bench.schema import Benchmark, Question, Route, row_of
 from ..bench.timeline import Moment, load_truth, timeline
-from ..reporting.chains import read_chain
+from ..reporting.chains import STEPS, check_steps, read_chain
 from ..runs import write_jsonl
 from ..runtime import BadUse, StkitError
 from ..sampling import sample_indices
 from ..train.answers import answer_text
 from ..train.rewards import Answered
 from ..train.sft import opposite
+from ..vlm.answers import parse
 
 THINKING = ("reverse", "direct")
 TEXT = re.compile(
@@ -94,6 +96,28 @@ def write_lessons(benchmark: Benchmark, thinking: str, clips: int, how: dict) ->
     path = benchmark.path / f"{thinking}-{how['sampling']}-{clips}.jsonl"
     write_jsonl(path, rows)
     return path
+
+
+def chain(rollouts: list[Answered]) -> list[float]:
+    """A reward for thoughts that hold together: the share of the steps that follow from what was written before them.
+
+    Steps are the route (from the time line), its reverse (of a reverse question) and what is said of the options with
+    the answer, see :func:`stkit.reporting.chains.check_steps`. Neither the video nor the right answer is looked at: what follows from
+    a wrong time line is rewarded too. NaN: an open-ended question, or options that are no routes.
+    """
+    return [_followed(rollout) for rollout in rollouts]
+
+
+def _followed(rollout: Answered) -> float:
+    question = rollout.question
+    if question.is_open:
+        return math.nan
+    try:
+        steps = check_steps(read_chain(rollout.text), question, parse(rollout.text, question.options))
+    except StkitError:
+        return math.nan
+    names = [name for name in STEPS[1:] if name != "reverse" or question.order == "reverse"]
+    return sum(steps[name] is True for name in names) / len(names) if steps else 0.0
 
 
 def both_orders(rollouts: list[Answered]) -> list[float]:

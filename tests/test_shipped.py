@@ -181,6 +181,12 @@ def test_a_folder_that_ships_is_small_whole_and_says_how_it_was_made(place):
     assert (place / "words.txt").read_text() == words and (place / "README.md").read_text().strip()
 
 
+def test_what_is_beside_the_weights_is_the_same_in_every_folder(place, tmp_path):
+    tiny.write_folder(tmp_path / "made")
+    for file in (tmp_path / "made").iterdir():
+        assert (place / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_plain_transformers_loads_it_in_float32_and_computes_the_same(place, tmp_path):
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(place)
     assert plain.dtype == torch.float32 and {p.dtype for p in plain.parameters()} == {torch.float32}

@@ -288,7 +288,7 @@ def export(
 
     Args:
         model: in float32, without an adapter.
-        processor: the model's, its tokenizer learnt from the shipped ``words.txt``.
+        processor: the model's, its tokenizer learnt from the shipped ``words.txt``: the folder gets one like it.
         out: folder to write. A model folder that is there is replaced, but for its README.md.
         manifest: the values of :data:`MANIFEST`, and what else is worth telling; sha256 is filled in.
 
@@ -302,10 +302,10 @@ def export(
     out = Path(out)
     words = (folder() / "words.txt").read_text(encoding="utf-8")
     _check_export(processor, out, manifest, words)
-    half = _halved(model)
+    half, fresh = _halved(model), make_processor(words.splitlines(keepends=True))  # one that was loaded notes where from
 
     def write(place: Path) -> None:
-        _write_files(place, words, processor, in_float32(model.config))
+        _write_files(place, words, fresh, in_float32(model.config))
         if (out / "README.md").exists():
             write_text(place / "README.md", (out / "README.md").read_bytes())
         write_text(place / WEIGHTS, save(half, metadata={"format": "pt"}))

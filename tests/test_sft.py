@@ -7,9 +7,12 @@ import torch
 from benchmaker import write_bench, write_video
 from trainmaker import QUICK, answer, metrics, with_solutions
 
-from stkit import import_egost, load_model, sft
+from stkit import build_benchmark, import_egost, load_model, sft
 from stkit.bench.schema import load_benchmark
+from stkit.bench.timeline import load_truth, timeline
 from stkit.runtime import BadUse, StkitError
+from stkit.sampling import sample_indices
+from stkit.train.answers import answer_text
 from stkit.train.data import Course, drawn
 from stkit.train.forest import Line, forests, plant
 from stkit.train.reading import load_settings
@@ -69,6 +72,18 @@ def test_what_is_learned_is_the_answer_and_the_end_of_the_turn_token_by_token(be
     assert labels == {q.id: f"{q.solution}<|im_end|>" for q in item.questions}
     prompt = tokenizer.decode(unlabelled)
     assert all(q.solution not in prompt for q in item.questions) and "<|im_start|>assistant\n" in prompt
+
+
+@pytest.mark.parametrize("form", ["timeline", "checked"])
+def test_what_is_seen_is_taught_from_the_truth_of_the_frames_that_are_shown(form, tmp_path):
+    build_benchmark(tmp_path / "walks", 1, seed=0, split="train", progress=False)
+    job = job_on(tmp_path / "walks", tmp_path, **{"sft.form": form})
+    item = job.course[0]
+    moments = timeline(load_truth(job.benchmark, item.clip_id), sample_indices(168, 7.0, "uniform", n=32))
+    lines = examples(job.benchmark, item, job.watcher.watch(item), job)
+    decode = job.policy.loaded.processor.tokenizer.decode
+    wanted = [f"{answer_text(question, form, moments=moments)}<|im_end|>" for question in item.questions]
+    assert [decode(line.ids) for line in lines] == wanted and len(lines) >= 2
 
 
 def test_the_video_stands_once_in_a_tree_of_several_questions(bench, tmp_path):

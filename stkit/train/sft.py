@@ -102,7 +102,7 @@ def _update(job: Job) -> None:
 def examples(benchmark: Benchmark, item: Item, seen: Seen, job: Job) -> list[Line]:
     """What is learned on one clip: a prompt and an answer for each question, those of one prompt beside each other."""
     form = job.settings.sft.form
-    moments = clip_moments(benchmark, item, seen) if form == "timeline" else None
+    moments = clip_moments(benchmark, item, seen) if form in ("timeline", "checked") else None
     found = []
     for question in item.questions:
         other = opposite(benchmark, question) if form == "paper" else None

@@ -18,6 +18,7 @@ from ..train.grpo import grpo
 from ..vlm import tiny
 from ..vlm.load import load_model
 from .scores import MAX_NEW_TOKENS
+from .thoughts import chain
 from .walks import SPLIT
 
 COLD = (0.5, 0.65)  # accuracy between which tiny-cold is to lie
@@ -64,9 +65,10 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
 
 
 def reason(model: Path, walks: Path, out: Path, settings: Mapping, seed: int, progress: bool = True) -> Path:
-    """GRPO on the films from ``tiny-cold``; the folder of the model it makes."""
-    run = grpo(walks, model=model, preset="tiny", out=out, seed=seed, overrides=dict(settings), progress=progress)
-    return Path(run.model)
+    """GRPO on the films from ``tiny-cold``; the folder of the model it makes. Settings may weigh the reward "chain"."""
+    rewards = {"chain": chain} if "rewards.chain" in settings else None
+    common = {"model": model, "preset": "tiny", "out": out, "seed": seed, "progress": progress}
+    return Path(grpo(walks, overrides=dict(settings), rewards=rewards, **common).model)
 
 
 def ship(out: Path, name: str, model: Path, facts: Mapping) -> Path:

@@ -102,6 +102,12 @@ def test_a_shifted_walk_is_what_the_frames_beside_the_sampled_ones_show(bench, l
             assert torch.equal(films.video(one).pixel_values, asked.pixel_values)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 167, 168, 169, 411])
+def test_a_film_that_is_read_whole_has_each_of_its_frames_where_it_is_looked_up(count):
+    read = sample_indices(count, 7.0, "uniform", n=count + count % 2)
+    assert read[np.searchsorted(read, np.arange(count))].tolist() == list(range(count))
+
+
 def test_frames_that_miss_what_happens_are_not_learned_from(bench, loaded, tmp_path):
     films = Films(bench, tmp_path / "films", loaded.processor, (0, 80), progress=False)  # half of the walk is over
     assert [len(found) for found in films.others] == [1, 1]

@@ -136,15 +136,15 @@ class Films:
             samples = [np.clip(taken + shift, 0, clip.frames - 1) for shift in shifts]
             if not self.times[k].any():
                 film = self._read(paths[k], clip.frames)
-                self.frames[k] = film.pixels[np.stack(samples)]
-                self.times[k] = film.timestamps_s[np.stack(samples)]
+                places = np.searchsorted(film.indices, np.stack(samples))
+                self.frames[k], self.times[k] = film.pixels[places], film.timestamps_s[places]
             plan = plan_of(truth["plan"])
             found = [Walk(clip.id, plan, shown(truth, frames), k, at) for at, frames in enumerate(samples)]
             self.walks.append(found[0])
             self.others.append([walk for walk in found if _items(walk) == _items(found[0])])
 
     def _read(self, path: Path, frames: int) -> Frames:
-        """All frames of a film; where they are an odd number the last one twice."""
+        """All frames of a film; where they are an odd number one of them twice, since frames are read in pairs."""
         how, factor = self.how, self.spec.patch * self.spec.merge
         return load_frames(path, factor, how["min_pixels"], how["max_pixels"], sampling="uniform", n=frames + frames % 2)
 

@@ -9,7 +9,7 @@ shape loads without a word. Here the base's name, every key and every shape have
 
 from pathlib import Path
 
-from ..runs import read_json
+from ..runs import read_json, read_yaml
 from ..runtime import StkitError
 from .choose import one_line
 
@@ -46,6 +46,21 @@ def load_adapter(model, base: str, folder: Path, device: str):
     if faults:
         raise StkitError(f"{other}: {faults}")
     return adapted.eval()
+
+
+def check_base(adapter: Path, base: str, manifest: dict | None) -> None:
+    """Refuse weights with a manifest that are not those on which a run trained its adapter, whatever their name is."""
+    config = adapter.parent / "config.yaml"
+    if not config.is_file():
+        return
+    facts = read_yaml(config)
+    record = facts.get("model") if isinstance(facts, dict) else None
+    trained_on = ((record or {}).get("manifest") or {}).get("sha256")
+    if trained_on != (now := (manifest or {}).get("sha256")):
+        raise StkitError(
+            f"{adapter} was trained on weights of {base} with sha256 {trained_on or 'unknown'}, here they have "
+            f"{now or 'none in a manifest'}: install the stkit that it was trained with, or train it anew"
+        )
 
 
 def check_folder(folder: Path) -> None:

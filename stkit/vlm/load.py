@@ -97,7 +97,7 @@ def load_model(
     model.name_or_path = model.config._name_or_path = source.name
     record = describe(source, model, choice, untrained, manifest)
     if adapter is not None:
-        from .adapter import load_adapter
+        from .adapter import check_base, load_adapter
 
         folder = Path(adapter).expanduser()
         check_base(folder, source.name, manifest)
@@ -128,21 +128,6 @@ def result_of_run(name: str, adapter: str | Path | None) -> tuple[str, str | Pat
     if start is not None:
         raise StkitError(f"{folder} was trained on {base} with {start} merged into it: merge it first ('stkit merge')")
     return base, folder / "adapter"
-
-
-def check_base(adapter: Path, base: str, manifest: dict | None) -> None:
-    """Refuse weights with a manifest that are not those on which a run trained its adapter, whatever their name is."""
-    config = adapter.parent / "config.yaml"
-    if not config.is_file():
-        return
-    facts = read_yaml(config)
-    record = facts.get("model") if isinstance(facts, dict) else None
-    trained_on = ((record or {}).get("manifest") or {}).get("sha256")
-    if trained_on != (now := (manifest or {}).get("sha256")):
-        raise StkitError(
-            f"{adapter} was trained on weights of {base} with sha256 {trained_on or 'unknown'}, here they have "
-            f"{now or 'none in a manifest'}: install the stkit that it was trained with, or train it anew"
-        )
 
 
 def head_size(config) -> int:

@@ -102,8 +102,8 @@ def chain(rollouts: list[Answered]) -> list[float]:
     """A reward for thoughts that hold together: the share of the steps that follow from what was written before them.
 
     Steps are the route (from the time line), its reverse (of a reverse question) and what is said of the options with
-    the answer, see :func:`stkit.reporting.chains.check_steps`. Neither the video nor the right answer is looked at: what follows from
-    a wrong time line is rewarded too. NaN: an open-ended question, or options that are no routes.
+    the answer, see :func:`stkit.reporting.chains.check_steps`. Neither the video nor the right answer is looked at: what
+    follows from a wrong time line is rewarded too. NaN: an open-ended question, or options that are no routes.
     """
     return [_followed(rollout) for rollout in rollouts]
 

@@ -18,7 +18,8 @@ from stkit.runtime import BadUse
 from stkit.sampling import sample_indices
 from stkit.tiny.glance import glance_loss, glance_on, word_tokens
 from stkit.tiny.lessons import LESSONS, Reader, lesson, parts
-from stkit.tiny.recipe import Lessons, Stage, loss_on, plants_of, run_stage
+from stkit.tiny.recipe import Lessons, loss_on, plants_of, run_stage
+from stkit.tiny.stages import Stage
 from stkit.tiny.walks import Films, plan_of, planned, planned_walks
 from stkit.train.run import read_rows
 from stkit.vlm.load import load_model

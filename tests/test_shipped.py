@@ -36,7 +36,7 @@ SHIPPED_HERE = [name for name in tiny.SHIPPED if (tiny.folder(name) / tiny.WEIGH
 MANIFEST = {
     "name": "tiny", "command": "stkit tiny train --out runs/tiny", "commit": "4cf5de2", "seed": 3, "recipe": "quick",
     "benchmark": {"name": "walks", "seed": 3, "clips": 12, "split": "train", "preset": "tiny", "hash": "0" * 64},
-    "told": {"seed": 3, "walks": 12, "split": "train"},
+    "told": {"seed": 3, "walks": 12, "split": "train"}, "stages": {"answer": {"commit": "4cf5de2", "minutes": 12.5}},
 }  # fmt: skip
 FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
@@ -174,7 +174,7 @@ def test_a_folder_that_ships_is_small_whole_and_says_how_it_was_made(place):
     assert sum(file.stat().st_size for file in place.iterdir()) <= 8_000_000
     manifest = read(place / "manifest.json")
     assert manifest["name"] == place.name and manifest["sha256"] == sha256(place / "model.safetensors")
-    assert {"command", "commit", "seed", "recipe", "benchmark", "told"} <= set(manifest)
+    assert {"command", "commit", "seed", "recipe", "benchmark", "told", "stages"} <= set(manifest)
     assert {"name", "seed", "clips", "split", "preset", "hash"} <= set(manifest["benchmark"])
     assert {"seed", "walks", "split"} <= set(manifest["told"])
     words = (tiny.folder() / "words.txt").read_text()

@@ -11,7 +11,7 @@ import math
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -20,14 +20,13 @@ from transformers import Qwen2_5_VLConfig
 
 from ..bench.build import build_benchmark
 from ..bench.presets import PRESETS
-from ..bench.schema import TASKS
-from ..runs import claim, explain, read_yaml, replace_folder
+from ..runs import claim, explain, replace_folder
 from ..runtime import BadUse, StkitError, generator, versions
 from ..train.forest import Line, Plant, plant
 from ..train.loop import Loop
 from ..train.policy import Policy, make_policy
 from ..train.processes import Processes
-from ..train.reading import load_settings, read_value
+from ..train.reading import load_settings
 from ..vlm import tiny
 from ..vlm.load import load_model
 from ..vlm.logps import tree_logps
@@ -36,96 +35,12 @@ from ..vlm.prompts import encode_answer
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
 from .glance import glance_loss, glance_on, word_tokens
-from .lessons import LESSONS, SEEN, Reader, glanced, lesson
-from .ship import accuracy, choice_questions, facts_of, pick_cold, reason, ship
+from .lessons import SEEN, Reader, glanced, lesson
+from .ship import accuracy, choice_questions, facts_of, how, pick_cold, reason, ship
+from .stages import Recipe, Stage, load_recipe
 from .walks import SPLIT, Films, Walk, planned_walks
 
-RECIPES = Path(__file__).parent / "recipes"
 MADE_FOR = PRESETS["tiny"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
-    lesson "read", whose loss counts ``told_share`` times as much, on ``told_tasks`` (none: the same tasks). glance: how much
-    the loss of the lesson "glance" counts, on the same films. keep_every: updates between copies of the weights."""
-
-    name: str
-    lesson: str
-    steps: int
-    walks: int
-    per_walk: int
-    lr: float
-    tasks: tuple[str, ...] = TASKS
-    told: int = 0
-    told_share: float = 0.3
-    told_tasks: tuple[str, ...] = ()
-    glance: float = 0.0
-    warmup: float = 0.1
-    weight_decay: float = 0.05
-    keep_every: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All of it. films, told: how many walks are filmed, and told without a film. shifts: see :class:`Films`. dev: walks by
-    which tiny-cold is picked. grpo: settings of GRPO by dotted key."""
-
-    films: int
-    shifts: tuple[int, ...]
-    told: int
-    dev: int
-    stages: tuple[Stage, ...]
-    grpo: dict
-
-
-def load_recipe(name: str | Path) -> Recipe:
-    """A recipe that ships ("full", "quick") or a YAML file.
-
-    Raises:
-        BadUse: an unknown recipe, key or lesson.
-    """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name}.yaml"
-        if not path.exists():
-            raise BadUse(f"recipe {str(name)!r} is unknown: use {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}")
-    raw = read_yaml(path)
-    names = [f.name for f in fields(Recipe)]
-    if not isinstance(raw, dict) or set(raw) != set(names):
-        raise BadUse(f"{path}: the keys {', '.join(names)} were expected")
-    if not all(isinstance(raw[key], dict) and raw[key] for key in ("stages", "grpo")):
-        raise BadUse(f"{path}: stages and grpo hold names with values")
-    stages = tuple(_stage(str(key), row) for key, row in raw["stages"].items())
-    counts = {name: _count(read_value(int, raw[name], name), name) for name in ("films", "told", "dev")}
-    shifts = read_value(tuple[int, ...], raw["shifts"], "shifts")
-    if shifts[:1] != (0,) or len(set(shifts)) < len(shifts):
-        raise BadUse(f"shifts={list(shifts)}: give whole numbers, 0 the first, none twice")
-    load_settings("tiny", "grpo", raw["grpo"])
-    return Recipe(**counts, shifts=shifts, stages=stages, grpo=dict(raw["grpo"]))
-
-
-def _stage(name: str, row: object) -> Stage:
-    where, hints = f"stages.{name}", typing.get_type_hints(Stage)
-    known = [f.name for f in fields(Stage)[1:]]
-    if not isinstance(row, dict) or not {"lesson", "steps", "walks", "per_walk", "lr"} <= set(row) <= set(known):
-        raise BadUse(f"{where}={row!r:.80}: give lesson, steps, walks, per_walk and lr, and others of {', '.join(known)}")
-    stage = Stage(name, **{key: read_value(hints[key], value, f"{where}.{key}") for key, value in row.items()})
-    if stage.lesson not in LESSONS:
-        raise BadUse(f"{where}.lesson={stage.lesson!r} is unknown: use {', '.join(LESSONS)}")
-    for key in ("tasks", "told_tasks"):
-        given = getattr(stage, key)
-        if not set(given) <= set(TASKS) or (key == "tasks" and not given):
-            raise BadUse(f"{where}.{key}={list(given)!r}: give some of {', '.join(TASKS)}")
-    for key in ("steps", "walks", "per_walk", "lr"):
-        _count(getattr(stage, key), f"{where}.{key}")
-    return stage
-
-
-def _count(value: float, name: str):
-    if value <= 0:
-        raise BadUse(f"{name}={value!r}: give a number above 0")
-    return value
 
 
 def train_tiny(
@@ -135,7 +50,7 @@ def train_tiny(
 
     Args:
         out: folder of films, stages and the model.
-        recipe: see :func:`load_recipe`.
+        recipe: see :func:`stkit.tiny.stages.load_recipe`.
         seed: of the first weights, the walks and the order of lessons.
         until: the last stage to run; None for all.
 
@@ -155,7 +70,7 @@ def train_tiny(
         raise BadUse(f"{team.count} processes share the stages only: give until={names[-1]!r}, then run the rest in one")
     try:
         told = {"recipe": asdict(plan), "seed": seed}
-        team.first(lambda: claim(out, told, name="recipe.yaml", beside={"versions": versions()}))
+        team.first(lambda: claim(out, told, name="recipe.yaml", beside=how() | {"versions": versions()}))
         model = out / "start"
         team.first(lambda: _first_weights(model, seed))
         made, films = {}, None
@@ -177,7 +92,7 @@ def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], progress: 
     questions = choice_questions(out / "dev", plan.dev, seed, progress)
     cold, cold_accuracy = pick_cold(kept, questions, out / "dev-scores", progress)
     reasoned = reason(cold, out / "walks", out / "grpo", plan.grpo, seed, progress)
-    facts = facts_of(out, asdict(plan), seed, plan.told)
+    facts = facts_of(out, asdict(plan), seed, [*made.values(), out / "grpo"])
     sources = {"tiny": last / "model", "tiny-cold": cold, "tiny-r1": reasoned}
     models = {name: ship(out, name, source, facts) for name, source in sources.items()}
     scores = {name: accuracy(folder, questions, out / "dev-scores" / name, progress) for name, folder in models.items()}
@@ -211,7 +126,8 @@ def run_stage(
     })  # fmt: skip
     processes = Processes(settings, out)
     if processes.first:
-        claim(out, {"stage": asdict(stage), "seed": seed, "precision": settings.train.precision}, name="stage.yaml")
+        told_once = {"stage": asdict(stage), "seed": seed, "precision": settings.train.precision}
+        claim(out, told_once, name="stage.yaml", beside=how())
         print(f"stage {stage.name}: precision {settings.train.precision}", file=sys.stderr)
     processes.wait()
     policy = make_policy(model, settings, reference=False, device=processes.device)

@@ -12,16 +12,17 @@ from pathlib import Path
 from ..bench.build import build_benchmark
 from ..bench.schema import load_benchmark, row_of
 from ..evaluation import evaluate
-from ..runs import read_json, write_jsonl
+from ..runs import read_json, read_yaml, write_jsonl
 from ..runtime import StkitError, commit, versions
 from ..train.grpo import grpo
+from ..train.run import read_rows
 from ..vlm import tiny
 from ..vlm.load import load_model
 from .scores import MAX_NEW_TOKENS
 from .thoughts import chain
 from .walks import SPLIT
 
-COLD = (0.5, 0.65)  # accuracy between which tiny-cold is to lie
+COLD = (0.55, 0.65)  # accuracy between which tiny-cold is to lie
 
 
 def choice_questions(out: Path, clips: int, seed: int, progress: bool = True) -> Path:
@@ -77,17 +78,28 @@ def ship(out: Path, name: str, model: Path, facts: Mapping) -> Path:
     return tiny.export(loaded.model, loaded.processor, out / name, {"name": name, **facts})
 
 
-def facts_of(out: Path, recipe: Mapping, seed: int, told: int) -> dict:
-    """What a manifest says of how the models were made."""
+def how() -> dict:
+    """The command that runs, and the commit of its code."""
+    return {"command": shlex.join(["stkit", *sys.argv[1:]]), "commit": commit() or "unknown"}
+
+
+def facts_of(out: Path, recipe: Mapping, seed: int, stages: Sequence[Path]) -> dict:
+    """What a manifest says of how the models were made; of each stage's folder the commit, and the minutes of its updates."""
     bench = read_json(out / "walks" / "benchmark.json")
     films = {
         "name": bench["name"], "seed": bench["seed"], "clips": bench["counts"]["clips"], "split": bench["split"],
         "preset": bench["settings"]["preset"]["name"], "hash": bench["hash"],
     }  # fmt: skip
-    return {
-        "command": shlex.join(["stkit", *sys.argv[1:]]), "commit": commit() or "unknown", "seed": seed, "recipe": recipe,
-        "benchmark": films, "told": {"seed": seed, "walks": told, "split": SPLIT}, "versions": versions(),
-    }  # fmt: skip
+    made = {folder.name: _made(folder) for folder in stages}
+    told = {"seed": seed, "walks": recipe["told"], "split": SPLIT}
+    return {**how(), "seed": seed, "recipe": recipe, "benchmark": films, "told": told, "stages": made, "versions": versions()}
+
+
+def _made(folder: Path) -> dict:
+    """The commit at which a stage was begun, and the minutes that its updates took."""
+    record = next(path for name in ("stage.yaml", "config.yaml") if (path := folder / name).exists())
+    seconds = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl"))
+    return {"commit": read_yaml(record).get("commit") or "unknown", "minutes": round(seconds / 60, 1)}
 
 
 def told(found: Mapping) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..bench.schema import Benchmark, Question, row_of
 from ..runs import claim, read_json, to_json, write_json
-from ..runtime import BadUse, StkitError, versions
+from ..runtime import BadUse, StkitError, commit, versions
 from ..sampling import sample_indices
 from .cache import content_hash
 from .endpoint import redacted
@@ -94,7 +94,10 @@ def claim_run(
     counts = {part: len(files[part]) for part in files}
     digest = hashlib.sha256(to_json(files).encode()).hexdigest()
     compared = {**chosen, "model": model, "versions": used, "benchmark": counts | {"sha256": digest}}
-    told = {"command": redacted(shlex.join(sys.argv)), "why": record.get("why", {}), "platform": versions()["platform"]}
+    told = {
+        "command": redacted(shlex.join(sys.argv)), "commit": commit(), "why": record.get("why", {}),
+        "platform": versions()["platform"],
+    }  # fmt: skip
     found = claim(out, compared, name=name, beside=told | dict(beside))
     if not recorded.exists():
         write_json(recorded, files)

@@ -43,6 +43,7 @@ MANIFEST = {  # what manifest.json says, with the keys of its objects; sha256 (o
     "name": (), "command": (), "commit": (), "seed": (), "recipe": (),
     "benchmark": ("name", "seed", "clips", "split", "preset", "hash"),  # filmed
     "told": ("seed", "walks", "split"),  # learned from without a film
+    "stages": (),  # of each its commit and minutes
 }  # fmt: skip
 
 SEED = 0

@@ -146,6 +146,8 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
     assert "| no frames, thinking |" in text and 'the row "no frames, thinking" is with one' in text
     manifest = read_json(data / "tiny" / "manifest.json")
     assert "\n\nIn two sittings.\n" in cards.card("tiny", manifest | {"note": "In two sittings."}, found)
+    (worst,) = [said for goal, said, met in cards.goals("tiny", found) if goal == "each of the six at least 90"]
+    assert f"| each of the six at least 90 | {worst} | **missed** |" in (tmp_path / "cards" / "tiny.md").read_text()
     plain = found | {"models": {"tiny": {"in": found["models"]["tiny"]["in"]}}}
     assert "is with one" not in cards.card("tiny", manifest, plain)
     assert "Then GRPO" not in (tmp_path / "cards" / "tiny.md").read_text()
@@ -153,6 +155,29 @@ def test_a_card_says_what_the_scores_say(scored, made, monkeypatch, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(found))
     with pytest.raises(StkitError, match="score them anew"):
         cards.write_cards(tmp_path / "scores.json", tmp_path / "cards")
+
+
+def test_a_goal_is_met_where_the_scores_say_so():
+    def ways(accuracy, low, exact, turns):
+        kinds = {f"{task}/{order}": {"accuracy": accuracy} for task in CHOICE for order in ("forward", "reverse")}
+        by_task = kinds | {"landmark/reverse": {"accuracy": low}, "route/forward": {"accuracy": 0.1}}
+        blind = {"accuracy": 0.26, "low": 0.2, "high": 0.3, "chance": 0.25}
+        backwards = {"turn_order": {"mean": turns, "low": turns - 0.1, "high": turns + 0.1}}
+        return {"in": {"accuracy": accuracy, "by_task": by_task, "route": {"exact": exact}}, "blind": blind, "reversed": backwards}
+
+    def met(name, found):
+        return [met for _, _, met in cards.goals(name, found)]
+
+    pair = {"models": ["tiny-cold", "tiny-r1"], "overall": {"difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001}}
+    found = {"comparisons": [pair], "models": {"tiny": ways(0.97, 0.9, 0.7, 0.6), "tiny-cold": ways(0.6, 0.5, 0.1, 0.4),
+                                               "tiny-r1": ways(0.8, 0.7, 0.3, 0.51)}}  # fmt: skip
+    assert met("tiny", found) == [True] * 4 and met("tiny-r1", found) == [True] * 4
+    assert met("tiny-cold", found) == [True, True, False]
+    found["models"] |= {"tiny": ways(0.97, 0.89, 0.69, 0.6), "tiny-r1": ways(0.79, 0.7, 0.3, 0.51)}
+    found["models"]["tiny"]["blind"]["low"], pair["overall"]["p"] = 0.255, 0.06
+    assert met("tiny", found) == [False, False, False, True] and met("tiny-r1", found) == [False, False, True, True]
+    pair["overall"] |= {"difference": 0.149, "p": 0.001}
+    assert met("tiny-r1", found)[1] is False
 
 
 @pytest.mark.parametrize("name", ["full", "quick"])

@@ -59,11 +59,61 @@ def table(ways: Mapping[str, Mapping]) -> str:
 
 
 def recipe_table(manifest: Mapping) -> str:
-    """The stages of the recipe."""
-    head = ["stage", "lesson", "updates", "walks an update", "questions a walk", "peak learning rate"]
+    """The stages of the recipe, with the minutes that their updates took; GRPO is told apart."""
+    head = ["stage", "lesson", "updates", "walks an update", "questions a walk", "peak learning rate", "minutes", "commit"]
     lines = [head, ["---"] * len(head)]
     for stage in manifest["recipe"]["stages"]:
-        lines.append([str(stage[k]) for k in ("name", "lesson", "steps", "walks", "per_walk", "lr")])
+        made = manifest["stages"][stage["name"]]
+        row = [stage[k] for k in ("name", "lesson", "steps", "walks", "per_walk", "lr")]
+        lines.append([*map(str, row), "–" if made["minutes"] is None else f"{made['minutes']:.0f}", f"`{made['commit']}`"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def goals(name: str, found: Mapping) -> list[tuple[str, str, bool]]:
+    """What a model was to reach: the goal, what it reached, and whether that is enough.
+
+    Args:
+        name: of a model that ships.
+        found: what ``stkit tiny score`` wrote, of all of them.
+    """
+    ways = found["models"][name]
+    inside, mean = ways["in"], ways["in"]["accuracy"]
+    parts = {kind: part["accuracy"] for kind, part in inside["by_task"].items() if not kind.startswith("route")}
+    worst, told = min(parts, key=parts.get), []
+    if name == "tiny":
+        told.append(("each of the six at least 90", f"the lowest, {worst}, {percent(parts[worst])}", parts[worst] >= 0.90))
+        told.append(("routes exactly right at least 70", percent(inside["route"]["exact"]), inside["route"]["exact"] >= 0.70))
+    if name == "tiny-cold":
+        told.append(("the mean of the six from 50 to 65", percent(mean), 0.50 <= mean <= 0.65))
+    if name == "tiny-r1":
+        told.append(("the mean of the six at least 80", percent(mean), mean >= 0.80))
+    pairs = {tuple(one["models"]): one["overall"] for one in found["comparisons"]}
+    if name == "tiny-r1" and (pair := pairs.get(("tiny-cold", "tiny-r1"))):
+        gained = f"{100 * pair['difference']:+.1f} ({100 * pair['low']:.1f} to {100 * pair['high']:.1f}, p {_p(pair['p'])})"
+        enough = pair["difference"] >= 0.15 and pair["p"] is not None and pair["p"] < 0.05
+        told.append(("at least 15 above tiny-cold, by a paired test over walks", gained, enough))
+    if "blind" in ways:
+        blind = ways["blind"]
+        near = blind["low"] <= blind["chance"] <= blind["high"]
+        told.append(("no better than chance without frames", f"{percent(blind['accuracy'])} ({_range(blind)})", near))
+    if turns := (ways.get("reversed") or {}).get("turn_order"):
+        said = f"{percent(turns['mean'])} ({_range(turns)}) of the routes"
+        told.append(("frames backwards told as they show, more often than not", said, turns["mean"] > 0.5))
+    return told
+
+
+def _range(part: Mapping) -> str:
+    return f"{percent(part['low'])} to {percent(part['high'])}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def goals_table(name: str, found: Mapping) -> str:
+    """The goals and what came of them; missed ones are marked."""
+    lines = [["goal", "reached", ""], ["---"] * 3]
+    lines += [[goal, reached, "met" if met else "**missed**"] for goal, reached, met in goals(name, found)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -82,7 +132,9 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     ways, bench = scores["models"][name], manifest["benchmark"]
     first = next(iter(ways.values()))
     grpo = ", ".join(f"{key}={value}" for key, value in manifest["recipe"]["grpo"].items())
-    learned = f"\n\nThen GRPO (`{grpo}`; the rest as in `stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
+    made = manifest["stages"]["grpo"]
+    learned = f"\n\nThen GRPO, {made['minutes']:.0f} minutes at commit `{made['commit']}` (`{grpo}`; the rest as in "
+    learned = f"{learned}`stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
     thinking = f", without a thought; the row \"{WAYS['blind']}\" is with one" * ("blind" in ways)
     note = f"\n\n{manifest['note']}" if manifest.get("note") else ""
     return f"""# {name}
@@ -99,6 +151,11 @@ questions in distribution. Greedy decoding; chance is 25; intervals are clustere
 `stkit tiny score --out DIR --clips {scores["clips"]} --seed {scores["seed"]}` gives them; choose a seed of your own. "Blind" is the same
 questions without the video, by the likeliest letter{thinking}.
 With frames backwards, {_turns(ways)}
+
+## Goals
+Set before the training, in percent:
+
+{goals_table(name, scores)}
 
 ## Data
 {bench["clips"]} filmed walks (seed {bench["seed"]}, preset "{bench["preset"]}") and {manifest["told"]["walks"]} walks that were told without a

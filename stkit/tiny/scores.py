@@ -8,6 +8,7 @@ blind score stands beside each; thoughts without frames, and with shuffled and r
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from ..bench.build import build_benchmark
@@ -43,8 +44,8 @@ def score_tiny(
 
     Returns:
         clips, seed, versions, benchmarks (hash of each), weights (SHA-256, where a manifest tells it), models: for each
-        the scores "in", "ood" (and "blind", "shuffled", "reversed"), see :func:`summary`; comparisons of the first model
-        with each other, paired.
+        the scores "in", "ood" (and "blind", "shuffled", "reversed"), see :func:`summary`; comparisons of each two,
+        paired: the later one minus the earlier one.
 
     Raises:
         BadUse: no model, or two whose folders have one name. StkitError: a model that is not there, another scoring's
@@ -66,10 +67,7 @@ def score_tiny(
             found["models"][str(model)] = _asked(out, str(model), controls, progress)
             manifest = read_json(out / _short(model) / "in" / "config.json")["model"]["manifest"]
             found["weights"][str(model)] = manifest and manifest["sha256"]
-        first = load_run(out / _short(models[0]) / "in")
-        found["comparisons"] = [
-            {"models": [str(models[0]), str(other)], **_compared(first, out / _short(other) / "in")} for other in models[1:]
-        ]
+        found["comparisons"] = [_compared(out, *pair) for pair in combinations(map(str, models), 2)]
         write_json(out / "scores.json", found)
     except OSError as error:
         raise StkitError(explain(error)) from error
@@ -99,9 +97,9 @@ def summary(run: Path) -> dict:
     return {name: scores[name] for name in SHOWN}
 
 
-def _compared(first, other: Path) -> dict:
-    (found,) = compare(first, load_run(other))
-    return found
+def _compared(out: Path, one: str, other: str) -> dict:
+    (found,) = compare(*(load_run(out / _short(model) / "in") for model in (one, other)))
+    return {"models": [one, other], **found}
 
 
 def text(found: Mapping) -> str:

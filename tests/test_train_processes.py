@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from benchmaker import lines, write_bench
+from teammaker import run_team
 from trainmaker import metrics
 
 from stkit import grpo, sft
 from stkit.bench.schema import load_benchmark
+from stkit.train.processes import Processes
+from stkit.train.reading import load_settings
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "stkit"]  # fmt: skip
@@ -74,3 +78,19 @@ def test_more_processes_than_clips_of_an_update_are_refused(bench, tmp_path):
     command = [*LAUNCH, "sft", str(bench), "--steps", "1", "--out", str(tmp_path / "a"), "--set", "train.batch=1"]
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     assert done.returncode != 0 and "2 processes share 1 clips of an update: raise train.batch to 2" in done.stderr
+
+
+def add_up(out):
+    """Of three parameters one has a gradient in both processes, one in process 0, one in neither."""
+    processes = Processes(load_settings("tiny", "sft"), out)
+    both, first, neither = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.full((2,), 1.0 + processes.rank)
+    first.grad = torch.full((2,), 5.0) if processes.first else None
+    processes.sum_gradients([both, first, neither])
+    assert both.grad.tolist() == [3.0, 3.0] and first.grad.tolist() == [5.0, 5.0] and neither.grad is None
+
+
+def test_a_gradient_that_no_process_has_stays_away_so_that_its_weights_do_not_decay(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for code, told in run_team(tmp_path, add_up, tmp_path):
+        assert code == 0, told

@@ -67,10 +67,15 @@ class Processes:
         return list(items) if self.count == 1 else gather_object(list(items))
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes; a parameter without one counts as 0."""
+        """Add up the gradients of all processes; one that no process has stays away, as the optimiser then leaves that
+        parameter alone, and one that some have not counts as 0 there."""
         if self.count == 1:
             return
-        for parameter in parameters:
+        have = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.accelerator.device)
+        torch.distributed.all_reduce(have)
+        for parameter, some in zip(parameters, have.tolist(), strict=True):
+            if not some:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)

@@ -4,6 +4,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,36 @@ def test_a_mirrored_walk_is_seen_and_told_with_left_and_right_exchanged(bench, f
     assert films.video(walk).second_per_grid_s == asked.second_per_grid_s
     flipped = prepare(replace(frames, pixels=np.ascontiguousarray(frames.pixels[:, :, ::-1])), spec, *bounds)
     assert torch.allclose(films.video(mirrored).pixel_values, flipped.pixel_values, atol=0.02)
+
+
+def test_a_walk_backwards_is_seen_from_its_end_and_told_with_turns_exchanged(bench, films, loaded):
+    walk, spec = films.walks[0], video_spec(loaded.processor)
+    turned = walk.turned()
+    assert turned.turned() == walk and turned.plan == walk.plan
+    swap = {"left": "right", "right": "left"}
+    seen = [(swap.get(m.motion, m.motion), m.landmark, m.side) for m in walk.frames][::-1]
+    assert [(m.motion, m.landmark, m.side) for m in turned.frames] == seen
+    turns = [key for key, _ in groupby(motion for motion, _, _ in seen) if key in swap]
+    assert turns == [swap[turn] for turn in reversed(walk.plan.turns)]  # as the control "reversed" wants them
+    frames = read_video(load_benchmark(bench).video_path(f"{walk.name}.mp4"), n=32)
+    size = loaded.processor.video_processor.size
+    back = replace(frames, pixels=np.ascontiguousarray(frames.pixels[::-1]))
+    asked = prepare(back, spec, size["shortest_edge"], size["longest_edge"])
+    assert torch.equal(films.video(turned).pixel_values, asked.pixel_values)
+
+
+def test_of_a_walk_backwards_the_time_line_alone_is_learned(films, loaded):
+    stage = Stage("answer", "answer", 4, 2, 2, 1e-3, told=1, backwards=1.0)
+    told = Lessons(stage, films, planned_walks(2, 0), 0, SimpleNamespace(loaded=loaded)).of(0)
+    for one in told[:2]:
+        for line in one.lines:
+            text = loaded.processor.tokenizer.decode(line.ids)
+            assert text.startswith("<think>Timeline:") and text.endswith(".") and "Route" not in text
+    assert "answer" in loaded.processor.tokenizer.decode(told[2].lines[0].ids)  # what is told is told forwards
+    some = Lessons(replace(stage, walks=40, backwards=0.3), films, [], 0, SimpleNamespace(loaded=loaded))
+    shown = [some._on(films.walks, "answer", CHOICE, place, 1, 1.0).lines[0].ids for place in range(40)]
+    short = sum("Route" not in loaded.processor.tokenizer.decode(ids) for ids in shown)
+    assert 4 <= short <= 22  # 12 are expected
 
 
 def test_a_shifted_walk_is_what_the_frames_beside_the_sampled_ones_show(bench, loaded, tmp_path):

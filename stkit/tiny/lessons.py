@@ -44,14 +44,14 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     """The text that is given, the text that is learned after it, and whether that ends the turn."""
     if lesson not in LESSONS:
         raise BadUse(f"lesson {lesson!r} is unknown: use {', '.join(LESSONS)}")
-    text, line = answer_text(question, FORM, moments=walk.moments), render(walk.moments, dense=True)
-    head = f"<think>{line}"
-    if not text.startswith(head):
-        raise StkitError(f"question {question.id}: its text does not begin with the time line")
+    head = f"<think>{render(walk.moments, dense=True)}"
     if lesson == "glance":
         return "", glanced(walk), False
     if lesson in ("see", "tell"):
         return "", head, False
+    text = answer_text(question, FORM, moments=walk.moments)
+    if not text.startswith(head):
+        raise StkitError(f"question {question.id}: its text does not begin with the time line")
     if lesson == "answer":
         return "", text, True
     if lesson == "read":

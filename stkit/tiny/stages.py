@@ -21,7 +21,8 @@ RECIPES = Path(__file__).parent / "recipes"
 class Stage:
     """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
     lesson "read", whose loss counts ``told_share`` times as much, on ``told_tasks`` (none: the same tasks). glance: how much
-    the loss of the lesson "glance" counts, on the same films. keep_every: updates between copies of the weights."""
+    the loss of the lesson "glance" counts, on the same films. backwards: the share of films that run from their end, of
+    which the time line alone is told. keep_every: updates between copies of the weights."""
 
     name: str
     lesson: str
@@ -34,6 +35,7 @@ class Stage:
     told_share: float = 0.3
     told_tasks: tuple[str, ...] = ()
     glance: float = 0.0
+    backwards: float = 0.0
     warmup: float = 0.1
     weight_decay: float = 0.05
     keep_every: int = 0

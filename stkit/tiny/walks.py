@@ -37,7 +37,7 @@ SPLIT = "train"
 @dataclass(frozen=True)
 class Walk:
     """A walk with what each sampled frame shows. ``film``: which of the films shows it, None for a walk that is only
-    told; ``shift``: which of its samples of frames; ``flipped``: the film is to be mirrored."""
+    told; ``shift``: which of its samples of frames; ``flipped``: the film is to be mirrored; ``backwards``: it runs from its end."""
 
     name: str
     plan: Plan
@@ -45,6 +45,7 @@ class Walk:
     film: int | None = None
     shift: int = 0
     flipped: bool = False
+    backwards: bool = False
 
     @property
     def moments(self) -> tuple[Moment, ...]:
@@ -60,6 +61,12 @@ class Walk:
         )
         frames = tuple(Moment(MIRROR.get(m.motion, m.motion), m.landmark, MIRROR.get(m.side, "")) for m in self.frames)
         return replace(self, plan=plan, frames=frames, flipped=not self.flipped)
+
+    def turned(self) -> "Walk":
+        """What is seen when its film runs backwards: a turn to the left is one to the right then. The plan stays that of
+        the walk, so that it has a time line and no answers."""
+        frames = tuple(replace(m, motion=MIRROR.get(m.motion, m.motion)) for m in reversed(self.frames))
+        return replace(self, frames=frames, backwards=not self.backwards)
 
     def questions(self, preset: Preset, seed: int) -> list[Question]:
         """Its eight questions (fewer where one cannot be asked), with options, wording and letters drawn from ``seed``."""
@@ -153,9 +160,10 @@ class Films:
         return rng.choice(self.others[walk.film])
 
     def video(self, walk: Walk) -> VideoInputs:
-        """The film of a walk as the model takes it, mirrored where the walk is."""
+        """The film of a walk as the model takes it, mirrored or backwards where the walk is."""
         pixels = self.frames[walk.film, walk.shift]
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1] if walk.flipped else pixels)
+        pixels = pixels[:, :, ::-1] if walk.flipped else pixels
+        pixels = np.ascontiguousarray(pixels[::-1] if walk.backwards else pixels)
         times = self.times[walk.film, walk.shift]
         indices = np.rint(times * self.fps).astype(np.int64)
         frames = Frames(pixels, times, "", self.how["sampling"], self.fps, int(indices[-1]) + 1, indices)

@@ -1,9 +1,9 @@
 """The paper's questions in miniature: arms trained and scored one after another, and what they say.
 
-    found = run_study("runs/paper", model="runs/tiny/watch/model")
+    found = run_study("runs/paper", model="runs/tiny/tell/model")
     found["arms"]["sft-reverse"]["test"]["accuracy"], found["contrasts"][0]["p_holm"]
 
-    python -m stkit.tiny.ablations --model runs/tiny/watch/model --out runs/paper --cards data_cards
+    python -m stkit.tiny.ablations --model runs/tiny/tell/model --out runs/paper --cards data_cards
 
 Three benchmarks are built once: walks to learn from (split "train"), walks to score (split "test") and walks out of
 distribution (split "test" too). An arm and seed that is done has a ``result.json`` and is not run again; one that was
@@ -61,7 +61,7 @@ def run_study(
 
     Args:
         out: folder of benchmarks, arms and results; ``ablations.json`` and ``ablations.md`` are written there.
-        model: the folder from which every arm starts (the end of the recipe's stage "watch").
+        model: the folder from which every arm starts (the end of the recipe's stage "tell").
         study: see :func:`stkit.tiny.study.load_study`.
         seeds: of training, in place of the study's; more of them later go on with what is there.
         cards: a folder into which ``ablations.json`` and ``ablations.md`` are written too.

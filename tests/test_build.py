@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -93,9 +94,9 @@ def test_neither_workers_nor_a_second_run_change_a_byte(built, tmp_path):
     assert again["resumed_chunks"] == 4 and again["hash"] == made["hash"]
 
 
-def start_and_wait_for_a_chunk(out: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", BUILD, str(out)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+def start_and_wait_for_a_chunk(out: Path, code: str = BUILD) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", code, str(out)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 600
     while not [*out.glob(".chunks/*.json")] and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, process.stderr.read()
@@ -112,15 +113,16 @@ def wait_until_swept(out: Path) -> None:
         folders = out.glob(".chunks/*.tmp")
         return [f for f in folders if not (out / ".chunks" / f"{f.name.split('.')[0]}.json").exists()]
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while unfinished() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not unfinished()
 
 
 def test_a_killed_build_goes_on_where_it_was(built, tmp_path):
+    """Also one in the background, where Ctrl-C is ignored: its processes did not end, and were killed with all they left."""
     out = tmp_path / "walks"
-    process = start_and_wait_for_a_chunk(out)
+    process = start_and_wait_for_a_chunk(out, f"import signal\nsignal.signal({signal.SIGINT:d}, signal.SIG_IGN){BUILD}")
     process.kill()
     process.wait()
     process.stderr.close()
@@ -136,8 +138,8 @@ def test_a_killed_build_goes_on_where_it_was(built, tmp_path):
 def test_ctrl_c_ends_the_processes_and_keeps_what_is_finished(tmp_path):
     out = tmp_path / "walks"
     process = start_and_wait_for_a_chunk(out)
-    process.send_signal(2)
-    _, words = process.communicate(timeout=30)
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=300)
     assert b"KeyboardInterrupt" in words
     assert [*out.glob(".chunks/*.json")] and not [*out.glob(".chunks/*.tmp")]
 

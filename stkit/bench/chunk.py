@@ -162,6 +162,7 @@ def main() -> int:
         with contextlib.suppress(BrokenPipeError):
             os.write(channel, json.dumps(line).encode() + b"\n")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it: see _end_with_parent
     job = json.loads(sys.stdin.buffer.raw.readline())
     folder = scratch(Path(job["out"]), job["chunk"], os.getpid())
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -26,7 +26,7 @@ from ..runs import read_json
 from ..runtime import StkitError
 
 COMMAND = (sys.executable, "-m", "stkit.bench.chunk")
-GRACE_S = 10  # for a process to close its engine and leave nothing behind, before it is killed
+GRACE_S = 30  # for a process to close its engine and leave nothing behind, before it is killed
 LIMIT_S = 3600  # for a chunk; ten clips of the default preset take a minute
 
 

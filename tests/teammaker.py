@@ -35,7 +35,7 @@ def _process(rank: int, count: int, port: int, folder: Path, function: Callable,
     sys.exit(0)
 
 
-def run_team(folder: Path, function: Callable, *args, count: int = 2, wait_s: float = 240.0) -> list[tuple[int, str]]:
+def run_team(folder: Path, function: Callable, *args, count: int = 2, wait_s: float = 600.0) -> list[tuple[int, str]]:
     """Call a function of a test module in each of ``count`` processes.
 
     Returns:

@@ -294,7 +294,7 @@ def transformers_serve(model: Path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
-            for _ in range(600):
+            for _ in range(6000):
                 try:
                     urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1).close()
                     break

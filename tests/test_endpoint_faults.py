@@ -104,14 +104,14 @@ def test_what_asking_again_cannot_help_is_asked_once(pauses, status, kind):
 
 
 def hang(request):
-    time.sleep(1.5)
+    time.sleep(30)
 
 
 def drip(request):
     """A byte now and then, each within the limit of one read."""
     request.handler.send_response(200)
     request.handler.end_headers()
-    for _ in range(40):
+    for _ in range(600):
         request.handler.wfile.write(b" ")
         time.sleep(0.05)
 
@@ -121,7 +121,7 @@ def test_a_slow_answer_is_given_up_in_time(pauses, slow):
     with serving(slow) as server:
         begin = time.monotonic()
         error = refused(server, timeout_s=0.2, retries=1)
-        assert time.monotonic() - begin < 1.2 and len(server.requests) == 2
+        assert time.monotonic() - begin < 15 and len(server.requests) == 2
         assert error.kind == "broken" and "no answer within 0.2 s" in str(error)
 
 

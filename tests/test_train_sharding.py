@@ -49,7 +49,7 @@ def sharded(bench, tmp_path_factory):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILE), "-m", "stkit"]
     own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [*launch, "sft", str(bench), "--model", "tiny-untrained", "--steps", "3", "--out", str(out), *texts]
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 

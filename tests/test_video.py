@@ -176,7 +176,7 @@ read_video({str(clip)!r}, n=2)
 print(shared_reader(os.getpid()).process.pid, flush=True)
 {end}"""
     child = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while alive(child) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive(child)

@@ -1,4 +1,7 @@
-"""Several processes train as one: the same command under accelerate launch gives the same metrics."""
+"""Several processes train as one: the same command under accelerate launch gives the same metrics.
+
+One test starts the launcher, the others fork what it would start.
+"""
 
 import os
 import subprocess
@@ -10,7 +13,7 @@ from benchmaker import lines, write_bench
 from teammaker import run_team
 from trainmaker import metrics
 
-from stkit import grpo, sft
+from stkit import cli, grpo, sft
 from stkit.bench.schema import load_benchmark
 from stkit.train.processes import Processes
 from stkit.train.reading import load_settings
@@ -25,13 +28,23 @@ def bench(tmp_path_factory):
     return write_bench(tmp_path_factory.mktemp("team") / "bench")
 
 
-def launched(stage, bench, out, overrides):
+def command(stage, bench, out, overrides, steps=3):
     texts = [text for k, v in overrides.items() for text in ("--set", f"{k}={'null' if v is None else v}")]
+    return [stage, str(bench), "--model", "tiny-untrained", "--steps", str(steps), "--out", str(out), *texts]
+
+
+def launched(arguments):
     own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    texts += ["--model", "tiny-untrained", "--steps", "3", "--out", str(out)]
-    done = subprocess.run([*LAUNCH, stage, str(bench), *texts], env=own, capture_output=True, text=True)
+    done = subprocess.run([*LAUNCH, *arguments], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+def as_launched(arguments):
+    """One of the processes that the launcher starts."""
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    assert cli.run(arguments) == 0
 
 
 def assert_same(one, two):
@@ -45,7 +58,7 @@ def assert_same(one, two):
 def test_two_processes_run_sft_as_one_does(bench, tmp_path):
     own = QUICK | {"sft.form": "answer"}
     whole = sft(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
-    done = launched("sft", bench, tmp_path / "two", own)
+    done = launched(command("sft", bench, tmp_path / "two", own))
     assert_same(metrics(whole.out), metrics(tmp_path / "two"))
     assert done.stdout.count("steps are in") == 1 and (tmp_path / "two" / "model" / "config.json").exists()
 
@@ -64,7 +77,8 @@ def test_two_processes_run_grpo_on_recorded_rollouts_as_one_does(bench, tmp_path
     first = grpo(bench, "tiny-untrained", out=tmp_path / "first", steps=3, overrides=own, progress=False)
     own |= {"grpo.recorded": str(first.out / "rollouts.jsonl")}
     one = grpo(bench, "tiny-untrained", out=tmp_path / "one", steps=3, overrides=own, progress=False)
-    launched("grpo", bench, tmp_path / "two", own)
+    team = run_team(tmp_path / "team", as_launched, command("grpo", bench, tmp_path / "two", own))
+    assert [code for code, _ in team] == [0, 0], team
     assert_same(metrics(one.out), metrics(tmp_path / "two"))
     ids = [
         [(row["step"], row["id"], row["reward"]) for row in lines(tmp_path / name / "rollouts.jsonl")]
@@ -74,14 +88,14 @@ def test_two_processes_run_grpo_on_recorded_rollouts_as_one_does(bench, tmp_path
 
 
 def test_more_processes_than_clips_of_an_update_are_refused(bench, tmp_path):
-    own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*LAUNCH, "sft", str(bench), "--steps", "1", "--out", str(tmp_path / "a"), "--set", "train.batch=1"]
-    done = subprocess.run(command, env=own, capture_output=True, text=True)
-    assert done.returncode != 0 and "2 processes share 1 clips of an update: raise train.batch to 2" in done.stderr
+    arguments = command("sft", bench, tmp_path / "a", {"train.batch": 1}, steps=1)
+    (first, told), (second, also) = run_team(tmp_path / "team", as_launched, arguments)
+    assert first != 0 != second and "2 processes share 1 clips of an update: raise train.batch to 2" in told + also
 
 
 def add_up(out):
     """Of three parameters one has a gradient in both processes, one in process 0, one in neither."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     processes = Processes(load_settings("tiny", "sft"), out)
     both, first, neither = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
     both.grad = torch.full((2,), 1.0 + processes.rank)
@@ -90,7 +104,6 @@ def add_up(out):
     assert both.grad.tolist() == [3.0, 3.0] and first.grad.tolist() == [5.0, 5.0] and neither.grad is None
 
 
-def test_a_gradient_that_no_process_has_stays_away_so_that_its_weights_do_not_decay(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_a_gradient_that_no_process_has_stays_away_so_that_its_weights_do_not_decay(tmp_path):
     for code, told in run_team(tmp_path, add_up, tmp_path):
         assert code == 0, told

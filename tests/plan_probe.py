@@ -110,7 +110,7 @@ def forest(config, tokens: int, grid: tuple) -> Tree:
 
 
 def measure(config, dtype: str, settings: Settings, stage: str, grid: tuple) -> dict:
-    """Two updates, and rollouts for GRPO; the second update has everything that there is."""
+    """Two updates; the second has everything that there is, and rollouts before it for GRPO."""
     before = resident("VmRSS")
     with LiveStorages() as storages:
         net = FAMILIES[config.model_type][0](config).to(getattr(torch, dtype))
@@ -125,7 +125,7 @@ def measure(config, dtype: str, settings: Settings, stage: str, grid: tuple) -> 
         for pieces in (1, 2):
             storages.peak = storages.live
             forget_peak()
-            if stage == "grpo":
+            if stage == "grpo" and pieces == 2:
                 with torch.no_grad():
                     generate(policy.model, [tree.ids], video, group=4, sampling=Sampling(max_new_tokens=24))
                 found |= {"live_rollouts": storages.peak, "resident_rollouts": resident("VmHWM") - before}

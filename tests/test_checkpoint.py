@@ -1,14 +1,13 @@
 """Checkpoints: whole or not at all, and everything random goes on where it was."""
 
 import random
-import subprocess
-import sys
-import textwrap
+import resource
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from teammaker import run_team
 
 from stkit.runtime import StkitError
 from stkit.train import checkpoint
@@ -57,29 +56,20 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path):
     assert load_file(before / "weights" / "model.safetensors")["w"][0] == 2.0
 
 
+def save_on_a_full_disk(folder, large):
+    written(folder, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    big = torch.zeros(100_000)
+    write = (lambda f: save_file({"w": big}, f / "w.safetensors")) if large == "weights" else (lambda f: None)
+    with pytest.raises(StkitError, match="checkpoint of step 4 was not written, earlier ones are whole"):
+        checkpoint.save(folder, 4, write, {"optimizer": big}, {}, 1)
+
+
 @pytest.mark.parametrize("large", ["weights", "tensors"])
-def test_a_full_disk_leaves_the_old_one_whole(tmp_path, large):
-    """The system refuses files over 64 kB, as it refuses them on a full disk."""
-    code = f"""
-        import resource, sys, torch
-        sys.path.insert(0, "tests")
-        from pathlib import Path
-        from safetensors.torch import save_file
-        from test_checkpoint import written
-        from stkit.runtime import StkitError
-        from stkit.train import checkpoint
-        folder = Path({str(tmp_path)!r})
-        written(folder, 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        big = torch.zeros(100_000)
-        write = (lambda f: save_file({{"w": big}}, f / "w.safetensors")) if {large!r} == "weights" else (lambda f: None)
-        try:
-            checkpoint.save(folder, 4, write, {{"optimizer": big}}, {{}}, 1)
-        except StkitError as error:
-            print(error)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert "checkpoint of step 4 was not written, earlier ones are whole" in done.stdout, done.stderr
+def test_a_full_disk_leaves_the_old_one_whole(tmp_path_factory, tmp_path, large):
+    """The system refuses a process files over 64 kB, as it refuses them on a full disk."""
+    [(code, told)] = run_team(tmp_path_factory.mktemp("told"), save_on_a_full_disk, tmp_path, large, count=1)
+    assert code == 0, told
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
     assert checkpoint.load_tensors(tmp_path / "step-000002" / "optimizer.pt")["moment"].tolist() == [0.0, 2.0, 4.0]
 

@@ -3,15 +3,13 @@ weights are the same in every process, and Transformers' own classes load it. Wh
 
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from teammaker import run_team
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -25,7 +23,6 @@ from stkit.bench.schema import Route, Step
 from stkit.vlm import prompts, tiny
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +77,19 @@ def test_untrained_it_says_so(loaded):
     assert loaded.record["weights"] == "seed 0"
 
 
+def write_and_tell(folder):
+    folder.mkdir()
+    tiny.write_folder(folder)
+    print(digest(load_model("tiny-untrained").model))
+
+
 def test_its_weights_and_files_are_the_same_in_another_process(loaded, tmp_path):
-    code = (
-        "import sys; from tests.test_tiny import digest; from stkit import load_model; from stkit.vlm import tiny;"
-        "tiny.write_folder(sys.argv[1]); print(digest(load_model('tiny-untrained').model))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[-1] == digest(loaded.model)
+    [(code, told)] = run_team(tmp_path, write_and_tell, tmp_path / "tiny", count=1)
+    assert code == 0 and told.split()[-1] == digest(loaded.model), told
     shipped = {file.name for file in tiny.folder().iterdir()} - {"model.safetensors", "manifest.json", "README.md"}
-    assert {file.name for file in tmp_path.iterdir()} == shipped
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == shipped
     for name in shipped:
-        assert unversioned(tmp_path / name) == unversioned(tiny.folder() / name), name
+        assert unversioned(tmp_path / "tiny" / name) == unversioned(tiny.folder() / name), name
 
 
 def unversioned(path):

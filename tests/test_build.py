@@ -120,7 +120,7 @@ def wait_until_swept(out: Path) -> None:
 
 
 def test_a_killed_build_goes_on_where_it_was(built, tmp_path):
-    """Also one in the background, where Ctrl-C is ignored: its processes did not end, and were killed with all they left."""
+    """Also one in the background, where Ctrl-C is ignored: its processes did not end, and left what they had."""
     out = tmp_path / "walks"
     process = start_and_wait_for_a_chunk(out, f"import signal\nsignal.signal({signal.SIGINT:d}, signal.SIG_IGN){BUILD}")
     process.kill()

@@ -93,11 +93,11 @@ class Machine(NamedTuple):
     gbytes: float
 
 
-def machine_limits() -> Machine:
-    """Measured now: a product of 2,000 x 2,000 matrices, the sum of 256 MB."""
-    a, big = torch.randn(2000, 2000), torch.randn(64_000_000)
+def machine_limits(size: int = 2000) -> Machine:
+    """Measured now: a product of 2,000 x 2,000 matrices, the sum of 256 MB (of a toy's ``size``, what is no limit)."""
+    a, big = torch.randn(size, size), torch.randn(32_000 * size)
     product, reading = alternate(lambda: a @ a, lambda: big.sum(), 5)
-    return Machine(2 * 2000**3 / product.low / 1e9, big.numel() * 4 / reading.low / 1e9)
+    return Machine(2 * size**3 / product.low / 1e9, big.numel() * 4 / reading.low / 1e9)
 
 
 def shares(call: Callable) -> str:

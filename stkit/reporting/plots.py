@@ -224,9 +224,18 @@ def inline_svg(draw, data: dict, label: str, name: str) -> str:
 
 
 def svg_element(svg: str, label: str, name: str) -> str:
-    """matplotlib's SVG as an element for a page; label and name as in :func:`inline_svg`."""
+    """matplotlib's SVG as an element for a page, less what none sees; label and name as in :func:`inline_svg`."""
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', svg)
+    svg = re.sub(r' id="([^"]*)"', lambda found: found.group() if found[1] in used else "", svg)
     svg = re.sub(r'( id="|href="#|url\(#)', lambda found: f"{found.group()}{name}-", svg)
     box = re.search(r'viewBox="[^"]*"', svg).group()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: _rounded(found.group()), svg)
+    svg = re.sub(r"font-family: [^;\"]*; |(?<=>)\s+(?=<)", "", svg)  # the page has its own fonts
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{escape(label)}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, svg.replace(INK, "currentColor"), count=1)
+
+
+def _rounded(attribute: str) -> str:
+    """Coordinates to a hundredth of a point, on one line."""
+    return re.sub(r"\d+\.\d+", lambda found: f"{float(found.group()):.2f}", " " + " ".join(attribute.split()))

@@ -12,18 +12,20 @@ import math
 
 import numpy as np
 import seaborn as sns
+from matplotlib.transforms import ScaledTranslation
 
 from ..runtime import BadUse, StkitError
 from .categories import CHOICE
 from .chains import OUTCOMES
-from .plots import INK, TASK_COLOURS, axes_for, dot, label_rows, percent_axis, plot_style
+from .plots import INK, TASK_COLOURS, axes_for, dot, figure_size, label_rows, percent_axis, plot_style
 
 LABELS = {
     "task": "task and order", "turns": "turns on the walk", "steps": "steps of the route", "landmark": "landmark asked",
-    "action": "action asked", "position": "right option", CHOICE: "multiple choice",
+    "action": "action asked", "position": "right option",
 }  # fmt: skip
+SCOPES = {CHOICE: "multiple choice", "overall": "all multiple choice"}
 SHADES = ("#20906b", "#a8d5c2", "#7a4a12", "#c26a12", "#e0a458", "#f1d9b5", "#b9bec4")  # of OUTCOMES: good, bad, unread
-HATCHES = ("", "//", "", "..", "xx", "\\\\", "--")
+HATCHES = ("", "//", "", "||", "xx", "\\\\", "--")
 
 
 def _part(found: dict, name: str):
@@ -35,6 +37,14 @@ def _part(found: dict, name: str):
         why = found["left_out"].get(name, "no question was scored")
         raise StkitError(f"{name} cannot be drawn of the run {found['run']}: {why}")
     return part
+
+
+def picture_size(found: dict, name: str) -> tuple[float, float]:
+    """Inches, width and height, of the picture of a part but "confusion": no wider than a phone shows well."""
+    if name in ("calibration", "thought"):
+        return 4.8, 3.4
+    width, height = figure_size(len(_part(found, name)))
+    return width, height + (0.9 if name == "chain" else 0)
 
 
 def part_plot(found: dict, name: str, scope: str | None = None, ax=None):
@@ -63,7 +73,7 @@ def part_plot(found: dict, name: str, scope: str | None = None, ax=None):
         label_rows(ax, [value.replace("/", ", ") for value in picked], _counts(picked.values()), "n / clusters")
         ax.set_ylabel(LABELS[name])
         tasks = {scope or next(iter(values[value])) for value in picked}
-        percent_axis(ax, f"accuracy, % ({LABELS.get(*tasks, *tasks)})" if len(tasks) == 1 else "accuracy, %")
+        percent_axis(ax, f"accuracy, % ({SCOPES.get(*tasks, *tasks)})" if len(tasks) == 1 else "accuracy, %")
     return ax
 
 
@@ -89,7 +99,7 @@ def order_plot(found: dict, ax=None):
         ax.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
         for y, (scope, part) in enumerate(parts.items()):
             dot(ax, y, part | {"value": part["difference"]}, TASK_COLOURS.get(scope, INK), False)
-        label_rows(ax, list(parts), _counts(parts.values()), "pairs / clusters")
+        label_rows(ax, [SCOPES.get(scope, scope) for scope in parts], _counts(parts.values()), "pairs / clusters")
         percent_axis(ax, "forward minus reverse, percentage points", -reach, reach)
     return ax
 
@@ -98,7 +108,7 @@ def chain_plot(found: dict, ax=None):
     """What became of the chains of each task and order: shares of the outcomes, from right to no chain, in one bar."""
     kinds = _part(found, "chain")
     with plot_style():
-        ax = _own(ax, 7.2, 1.5 + 0.34 * len(kinds))
+        ax = _own(ax, *picture_size(found, "chain"))
         for y, part in enumerate(kinds.values()):
             left = 0.0
             for name, shade, hatch in zip(OUTCOMES, SHADES, HATCHES, strict=True):
@@ -106,9 +116,11 @@ def chain_plot(found: dict, ax=None):
                 ax.barh(y, share, 0.72, left, color=shade, hatch=hatch, edgecolor="white", linewidth=0.8,
                         label=name if y == 0 else None)  # fmt: skip
                 left += share
-        label_rows(ax, [kind.replace("/", ", ") for kind in kinds], _counts(kinds.values()), "n / clusters")
+        names = [SCOPES.get(kind, kind).replace("/", ", ") for kind in kinds]
+        label_rows(ax, names, _counts(kinds.values()), "n / clusters")
         percent_axis(ax, "questions, %")
-        ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.62 / (0.4 + 0.34 * len(kinds))), frameon=False)
+        below = ax.transAxes + ScaledTranslation(0, -0.45, ax.figure.dpi_scale_trans)  # inches, whatever the height
+        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, 0), bbox_transform=below, fontsize=9, frameon=False)
     return ax
 
 
@@ -151,7 +163,7 @@ def calibration_plot(found: dict, ax=None):
     """How often the chosen letter is right against its probability; on the dashes a model means what it says."""
     part = _part(found, "calibration")
     with plot_style():
-        ax = _own(ax, 4.8, 3.4)
+        ax = _own(ax, *picture_size(found, "calibration"))
         ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (2, 1.5)), zorder=1)
         _whiskers(ax, [b["confidence"] for b in part["bins"]], part["bins"])
         ax.set(xlim=(0, 1), xlabel="probability of the chosen letter, %")
@@ -165,7 +177,7 @@ def thought_plot(found: dict, ax=None):
     part = _part(found, "thought")
     means = [b["mean"] for b in part["bins"]]
     with plot_style():
-        ax = _own(ax, 4.8, 3.4)
+        ax = _own(ax, *picture_size(found, "thought"))
         _whiskers(ax, means, part["bins"])
         for name, marker in (("chance", "_"), ("blind", "x")):
             ax.plot(means, [math.nan if b[name] is None else b[name] for b in part["bins"]], marker=marker, color=INK,

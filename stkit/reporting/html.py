@@ -25,7 +25,7 @@ from ..runs import explain, write_text
 from ..runtime import BadUse, StkitError, child_seed, generator
 from .judge import CONTROLS, KINDS, Row, Run, compare, load_run
 from .plots import TASK_COLOURS, accuracy_plot, compare_plot, inline_svg
-from .tables import percent, visible, write_tables
+from .tables import percent, signed, visible, write_tables
 
 EXAMPLES = 6
 THUMBNAILS = 8
@@ -33,13 +33,6 @@ THUMBNAIL_WIDTH = 160
 LONGEST_TEXT = 1500
 LEGEND = "Filled: forward, hollow: reverse; whiskers: 95 % intervals, clustered"
 TROUBLES = {"unparsed": "not read, %", "failed": "failed", "not_asked": "not asked"}
-
-
-def _signed(value: float | None) -> str:
-    """A difference in percentage points: "+3.1", "−3.1", "0.0", "–" when undefined."""
-    if value is None:
-        return "–"
-    return "0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _p_value(value: float | None) -> str:
@@ -54,7 +47,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else visible(value),
     )
-    environment.filters |= {"percent": percent, "signed": _signed, "p": _p_value}
+    environment.filters |= {"percent": percent, "signed": signed, "p": _p_value}
     return environment
 
 
@@ -81,7 +74,7 @@ def _thumbnail(pixels: np.ndarray) -> tuple[str, int, int]:
 
 def _frames(run: Run, video: str, seen: dict) -> tuple[list[dict], str]:
     """Thumbnails of a video's sampled frames and a note; a video that cannot be read gives the note alone."""
-    from ..vlm.video import read_video  # torch comes with it: not for a report without pictures
+    from ..vlm.video import read_video  # torch comes with it
 
     if video in seen:
         return seen[video]
@@ -202,7 +195,7 @@ def _label(scores: dict) -> str:
     return "Accuracy by category with 95 % intervals: " + ("; ".join(told) or "nothing was scored")
 
 
-def _section(run: Run, number: int, count: int) -> dict:
+def _section(run: Run, number: int, count: int, categories: dict) -> dict:
     """What the template shows of one run."""
     settings = run.config["settings"]
     kept = ("model", "bench", "mode", "control", "split", "seed")
@@ -221,6 +214,7 @@ def _section(run: Run, number: int, count: int) -> dict:
         },
         "not_asked": "routes are asked in generate mode" if settings.get("mode") == "letter" else "",
         "plot": {"svg": Markup(svg), "caption": caption},
+        "categories": categories,
         "outcomes": _outcomes(run, count),
         "failures": [{"count": n, "reason": reason} for reason, n in reasons.most_common(10)],
         "record": _record(run),
@@ -232,7 +226,7 @@ def _pairs(runs: Sequence[Run], found: list[dict]) -> list[dict]:
     shown = []
     for i, pair in enumerate(found):
         told = [
-            f"{k.replace('/', ', ')} {_signed(p['difference'])} ({_signed(p['low'])} to {_signed(p['high'])})"
+            f"{k.replace('/', ', ')} {signed(p['difference'])} ({signed(p['low'])} to {signed(p['high'])})"
             for k, p in pair["by_task"].items()
         ]
         label = f"{pair['second']} minus {pair['first']} in percentage points: " + "; ".join(told)
@@ -278,7 +272,8 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
 
     Args:
         runs: a run folder, a result of ``evaluate`` or of a training, or several of them.
-        out: the HTML file; the category table goes beside it as ``.csv`` and ``.tex``.
+        out: the HTML file; the category table goes beside it as ``.csv`` and ``.tex``, what the runs are taken apart
+            into as ``.categories.csv``.
 
     Returns:
         {"report": path, "tables": [paths], "notices": [texts], "runs": [name, path and scores of each],
@@ -300,17 +295,21 @@ def report(runs, out: str | os.PathLike = "report.html") -> dict:
             return training_report(trained, out, environment)
         learned = sections(trained, environment)
     loaded = _loaded(evaluations)
+    from .category_page import category_page, take_apart, write_categories  # torch comes with it: first read the runs
+
     comparison = compare(*loaded) if len(loaded) > 1 else []
+    found = [take_apart(run) for run in loaded]
+    categories = [category_page(apart, f"run{i}", run.notices) for i, (apart, run) in enumerate(zip(found, loaded))]
     notices = _notices(loaded)
     count = max(2, EXAMPLES // len(loaded))
     page = environment.get_template("report.html").render(
         version=__version__, title=" and ".join(run.name for run in loaded), colours=TASK_COLOURS, tasks=TASKS,
         kinds=KINDS, notices=notices, comparison=_pairs(loaded, comparison), learned=learned,
-        runs=[_section(run, i, count) for i, run in enumerate(loaded)],
+        runs=[_section(run, i, count, shown) for i, (run, shown) in enumerate(zip(loaded, categories))],
     )  # fmt: skip
     try:
         write_text(out, page)
-        tables = write_tables(loaded, out)
+        tables = [*write_tables(loaded, out), write_categories(found, out)]
     except OSError as error:
         raise StkitError(explain(error)) from error
     return {

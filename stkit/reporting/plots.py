@@ -201,23 +201,24 @@ def runs_plot(scores: dict[str, dict], fig=None):
     return fig
 
 
-def inline_svg(draw, data: dict, label: str, name: str) -> str:
+def inline_svg(draw, data: dict, label: str, name: str, size: tuple[float, float] | None = None) -> str:
     """A plot as an ``<svg>`` element for a page: it scales with its box, takes the page's ink and speaks its label.
 
     Args:
-        draw: ``accuracy_plot`` or ``compare_plot``.
+        draw: ``accuracy_plot``, ``compare_plot`` or one of :mod:`stkit.reporting.category_plots`.
         data: what it draws.
         label: text alternative.
         name: put before the ids of this picture, so that they differ from those of another on the same page.
+        size: width and height in inches; None for that of the categories in ``data``.
 
     Returns:
-        The element's text, "" when there is nothing to draw.
+        The element's text, "" when there is no category to draw.
     """
-    if not _drawn(data):
+    if size is None and not _drawn(data):
         return ""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=figure_size(len(_drawn(data))), layout="constrained")
+        figure = Figure(figsize=size or figure_size(len(_drawn(data))), layout="constrained")
         draw(data, ax=figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return svg_element(buffer.getvalue(), label, name)

@@ -46,6 +46,13 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def signed(value: float | None) -> str:
+    """A difference in percentage points: "+3.1", "−3.1", "0.0", "–" when undefined."""
+    if value is None:
+        return "–"
+    return "0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}".replace("-", "−")
+
+
 def latex_text(text: object) -> str:
     """Text as LaTeX that typesets just it, on one line."""
     return "".join(LATEX.get(char, char) for char in " ".join(visible(text).split()))

@@ -209,23 +209,50 @@ def written(path: Path, **changes) -> Path:
         ({"arms": MICRO["arms"] | {"x": {"stag": "sft"}}}, "arms.x: 'stag' is unknown: use stage"),
         ({"arms": MICRO["arms"] | {"x": {"stage": "sft", "settings": {"train.lrr": 1}}}}, "train.lrr"),
         ({"contrasts": {"c": {"question": "?", "first": "start", "second": "z"}}}, "contrasts.c: arm 'z' is unknown"),
-        ({"contrasts": {"c": {"question": "?", "first": "start"}}}, "contrasts.c: .*second"),
+        ({"contrasts": {"c": {"question": "?", "first": "start"}}}, "contrasts.c: 'second' is missing"),
+        ({"contrasts": {"c": {"question": 3, "first": "start", "second": "sft"}}}, "contrasts.c.question=3: give a text"),
+        ({"contrasts": {"c": {"question": "?", "first": "sft", "second": "sft"}}}, "'sft' is compared with itself"),
+        ({"contrasts": {"c": {"question": "?", "first": "start", "second": "sft", "paper": "ST-R1"}}}, "paper='ST-R1': give a list"),
+        ({"contrasts": {}}, "contrasts: none: give at least one"),
+        ({"contrasts": ["c"]}, "contrasts=.'c'.: give names with values"),
+        ({"contrasts": {"c": "start"}}, "contrasts.c: keys with values were expected, not 'start'"),
         ({"contrasts": {"c": {"question": "?", "first": "start", "second": "sft", "paper": ["GPT"]}}}, "paper=.*GPT"),
+        ({"arms": MICRO["arms"] | {"x": {"stage": "sft", "clips": "few"}}}, "arms.x.clips='few': give a whole number"),
+        ({"arms": MICRO["arms"] | {"x": {"stage": "sft", "settings": [1]}}}, r"arms.x.settings=\[1\]: give names with values"),
+        ({"arms": MICRO["arms"] | {"x": {"stage": "grpo", "settings": {"rewards.corect": 1}}}}, "arms.x: reward 'corect' is unknown: did you mean 'correct'"),
+        ({"arms": MICRO["arms"] | {"x": {"stage": "sft", "settings": {"train.seed": 1}}}}, "arms.x: train.seed is set: leave it out, seeds decides it"),
+        ({"arms": MICRO["arms"] | {"../x": {"stage": "sft"}}}, "arms.../x: give a name of small letters"),
+        ({"arms": {"start": None}}, "arms: start: give a stage to at least one"),
+        ({"arms": ["start"]}, "arms=.'start'.: give names with values"),
+        ({"arms": MICRO["arms"] | {7: {"stage": "sft"}}}, "arms={.*: give names with values"),
+        ({"grpo": {"train.steps": 0}}, "arms.both: train.steps=0: give a number above 0"),
+        ({"sft": 3}, "sft=3: give names with values"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds=\[-1\]"),
+        ({"seeds": 3}, "seeds=3: give a list"),
+        ({"seeds": ["a"]}, "seeds='a': give a whole number"),
         ({"walks": {"train": {"clips": 2, "seed": 0}}}, "walks: train: give clips and seed of train, test, ood"),
-        ({"more": 1}, "'more' is unknown"),
+        ({"walks": MICRO["walks"] | {"ood": {"clips": 2}}}, "walks.ood=.*: give clips and seed"),
+        ({"walks": MICRO["walks"] | {"ood": {"clips": "2", "seed": 0}}}, "walks.ood.clips='2': give a whole number of at least 1"),
+        ({"walks": MICRO["walks"] | {"ood": {"clips": 2, "seed": True}}}, "walks.ood.seed=True"),
+        ({"more": 1}, "'more' is unknown: use seeds, walks"),
         ({"both_orders": "much"}, "both_orders='much'"),
+        ({"both_orders": -1}, "both_orders=-1.0: give 0 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: give a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_a_study_that_makes_no_sense_is_refused_by_name(tmp_path, changes, message):
-    with pytest.raises(BadUse, match=message):
+    with pytest.raises(BadUse, match=f"bad.yaml: .*{message}"):
         load_study(written(tmp_path / "bad.yaml", **changes))
 
 
 def test_a_study_that_lacks_something_is_refused(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in MICRO.items() if key != "grpo"}))
-    with pytest.raises(BadUse, match="short.yaml: 'grpo' is missing"):
+    with pytest.raises(BadUse, match="short.yaml: the study: 'grpo' is missing: give seeds, walks"):
+        load_study(path)
+    path.write_text("")
+    with pytest.raises(BadUse, match="short.yaml: the study: keys with values were expected, not None"):
         load_study(path)
 
 

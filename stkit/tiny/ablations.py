@@ -187,11 +187,11 @@ def _trained(shared: Bench, arm: Arm, seed: int, folder: Path) -> tuple[Path, in
         start = open_run(folder.parents[1] / arm.after / f"seed-{seed}" / "run").model
     walks, study = shared.walks["train"], shared.study
     how = choose_sampling(walks.info, arm.sampling, None, None)
-    overrides = {"video.sampling": how["sampling"], "video.frames": how["frames"]} | settings_of(study, arm)
+    overrides = settings_of(study, arm) | {"video.sampling": how["sampling"], "video.frames": how["frames"]}
     common = {"model": start, "preset": "tiny", "out": folder / "run", "seed": seed, "progress": shared.progress}
     if arm.stage == "sft":
         lessons = write_lessons(walks, arm.thinking, arm.clips or len(walks.clips), how)
-        run = sft(lessons, overrides=overrides, **common)
+        run = sft(lessons, overrides=overrides | {"sft.form": "solution"}, **common)
     elif arm.thinking == "reverse":
         overrides |= {"rewards.both_orders": study.both_orders}
         run = grpo(walks.path, overrides=overrides, rewards={"both_orders": both_orders}, **common)

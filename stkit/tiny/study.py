@@ -4,21 +4,29 @@ study = load_study("paper")
 study.arms["sft-grpo-reverse"].after, study.contrasts[0].question
 """
 
+import math
+import re
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..runs import read_yaml
 from ..runtime import BadUse
 from ..sampling import SAMPLINGS
-from ..train.reading import load_settings
+from ..train.plugins import find_rewards
+from ..train.reading import load_settings, read_value
+from ..train.rewards import REWARDS
 from ..train.settings import STAGES
 from .paper import FIGURES
 from .thoughts import THINKING
 
 STUDIES = Path(__file__).parent / "studies"
 WALKS = ("train", "test", "ood")
+GIVEN = {  # settings that the study gives itself
+    "train.seed": "seeds", "sft.form": "thinking", "video.sampling": "sampling", "video.frames": "sampling",
+    "rewards.both_orders": "both_orders",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,54 +91,84 @@ def load_study(name: str | Path) -> Study:
         path = STUDIES / f"{name}.yaml"
         if not path.exists():
             there = sorted(found.stem for found in STUDIES.glob("*.yaml"))
-            raise BadUse(f"study {str(name)!r} is unknown: use {', '.join(there)}")
-    raw = read_yaml(path)
-    _keys(raw, Study, str(path), given=("name",))
-    if missing := [f.name for f in fields(Study)[1:] if f.name not in raw]:
-        raise BadUse(f"{path}: {missing[0]!r} is missing: a study has {', '.join(f.name for f in fields(Study)[1:])}")
-    for key, kind in (("max_new_tokens", int), ("both_orders", (int, float))):
-        value = raw[key]
-        if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
-            raise BadUse(f"{path}: {key}={value!r}: give a number of at least 0")
-    arms = {key: _made(Arm, key, row or {}, f"arms.{key}") for key, row in raw["arms"].items()}
-    contrasts = tuple(_made(Contrast, key, row, f"contrasts.{key}") for key, row in raw["contrasts"].items())
-    study = Study(path.stem, **raw | {"seeds": tuple(raw["seeds"]), "arms": arms, "contrasts": contrasts})
-    _check(study)
+            raise BadUse(f"study {str(name)!r} is unknown: use {', '.join(there)}, or a .yaml file")
+    try:
+        raw = _row(read_yaml(path), Study, "the study")
+        arms = {key: _made(Arm, key, row, f"arms.{key}") for key, row in raw["arms"].items()}
+        contrasts = [_made(Contrast, key, row, f"contrasts.{key}") for key, row in raw["contrasts"].items()]
+        study = Study(path.stem, **raw | {"arms": arms, "contrasts": tuple(contrasts)})
+        _check(study)
+    except BadUse as error:
+        raise BadUse(f"{path}: {error}") from error
     return study
 
 
-def _keys(row: Mapping, kind: type, where: str, given: tuple[str, ...] = ()) -> None:
-    known = [f.name for f in fields(kind) if f.name not in given]
+def _row(row, kind: type, where: str) -> dict:
+    """The keys of a dataclass but its name, all known, those without a default there, each value of its type."""
     if not isinstance(row, Mapping):
         raise BadUse(f"{where}: keys with values were expected, not {row!r:.60}")
+    known = {one.name: one for one in fields(kind) if one.name != "name"}
     if unknown := [key for key in row if key not in known]:
         raise BadUse(f"{where}: {unknown[0]!r} is unknown: use {', '.join(known)}")
+    needed = [key for key, one in known.items() if one.default is one.default_factory is MISSING]
+    if missing := [key for key in needed if key not in row]:
+        raise BadUse(f"{where}: {missing[0]!r} is missing: give {', '.join(needed)}")
+    hints, prefix = typing.get_type_hints(kind), "" if kind is Study else f"{where}."
+    return {key: _value(hints[key], value, f"{prefix}{key}") for key, value in row.items()}
 
 
-def _made(kind: type, name: str, row: Mapping, where: str):
-    _keys(row, kind, where, given=("name",))
-    hints = typing.get_type_hints(kind)
-    try:
-        return kind(name, **{k: tuple(v) if hints[k] == tuple[str, ...] else v for k, v in row.items()})
-    except TypeError as error:
-        raise BadUse(f"{where}: {error}") from error
+def _value(hint, value, name: str):
+    """A value of its type; what a mapping holds is looked at later."""
+    if name in ("arms", "contrasts", "walks") or hint is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise BadUse(f"{name}={value!r:.60}: give names with values")
+        return dict(value)
+    if typing.get_origin(hint) is tuple and not isinstance(value, list):
+        raise BadUse(f"{name}={value!r:.60}: give a list")
+    return read_value(hint, value, name)
+
+
+def _made(kind: type, name: str, row, where: str):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise BadUse(f"{where}: give a name of small letters, digits and hyphens")
+    return kind(name, **_row({} if row is None else row, kind, where))
 
 
 def _check(study: Study) -> None:
     """Refuse what makes no sense before anything is filmed."""
-    if set(study.walks) != set(WALKS) or any(set(how) != {"clips", "seed"} for how in study.walks.values()):
+    if set(study.walks) != set(WALKS):
         raise BadUse(f"walks: {', '.join(study.walks)}: give clips and seed of {', '.join(WALKS)}")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-        raise BadUse(f"seeds={list(study.seeds)}: give at least one, none twice")
+    for name, how in study.walks.items():
+        if not isinstance(how, Mapping) or set(how) != {"clips", "seed"}:
+            raise BadUse(f"walks.{name}={how!r:.60}: give clips and seed")
+        _least(how["clips"], f"walks.{name}.clips", 1)
+        _least(how["seed"], f"walks.{name}.seed", 0)
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0:
+        raise BadUse(f"seeds={list(study.seeds)}: give at least one, none twice, none below 0")
+    _least(study.max_new_tokens, "max_new_tokens", 1)
+    if not (math.isfinite(study.both_orders) and study.both_orders >= 0):
+        raise BadUse(f"both_orders={study.both_orders!r}: give 0 or more")
     seen: set[str] = set()
     for arm in study.arms.values():
         _check_arm(study, arm, seen)
         seen.add(arm.name)
+    if not any(arm.stage for arm in study.arms.values()):
+        raise BadUse(f"arms: {', '.join(study.arms) or 'none'}: give a stage to at least one, nothing is trained")
+    if not study.contrasts:
+        raise BadUse("contrasts: none: give at least one, planned before anything is run")
     for one in study.contrasts:
+        where = f"contrasts.{one.name}"
         if missing := [name for name in (one.first, one.second) if name not in study.arms]:
-            raise BadUse(f"contrasts.{one.name}: arm {missing[0]!r} is unknown: use {', '.join(study.arms)}")
+            raise BadUse(f"{where}: arm {missing[0]!r} is unknown: use {', '.join(study.arms)}")
+        if one.first == one.second:
+            raise BadUse(f"{where}: {one.first!r} is compared with itself: give two arms")
         if one.paper and (len(one.paper) != 2 or not set(one.paper) <= set(FIGURES)):
-            raise BadUse(f"contrasts.{one.name}.paper={list(one.paper)}: give two of {', '.join(FIGURES)}")
+            raise BadUse(f"{where}.paper={list(one.paper)}: give two of {', '.join(FIGURES)}")
+
+
+def _least(value, name: str, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise BadUse(f"{name}={value!r}: give a whole number of at least {least}")
 
 
 def _check_arm(study: Study, arm: Arm, earlier: set[str]) -> None:
@@ -154,12 +192,25 @@ def _check_arm(study: Study, arm: Arm, earlier: set[str]) -> None:
     if arm.stage is None and (arm.after or arm.settings):
         raise BadUse(f"{where}: without a stage nothing is trained: leave out after and settings")
     if arm.stage:
-        load_settings("tiny", arm.stage, settings_of(study, arm))
+        _check_settings(study, arm, where)
+
+
+def _check_settings(study: Study, arm: Arm, where: str) -> None:
+    """Settings of an arm that the stage does not know, that make no sense, or that the study gives itself."""
+    chosen = settings_of(study, arm)
+    if own := [key for key in chosen if key in GIVEN]:
+        raise BadUse(f"{where}: {own[0]} is set: leave it out, {GIVEN[own[0]]} decides it")
+    try:
+        settings = load_settings("tiny", arm.stage, {"sft.form": "solution"} | chosen)
+        if arm.stage == "grpo":
+            find_rewards(settings.rewards, REWARDS, {})
+    except BadUse as error:
+        raise BadUse(f"{where}: {error}") from error
 
 
 def settings_of(study: Study, arm: Arm) -> dict:
     """The settings of an arm's stage by dotted key, over the preset "tiny"."""
-    return {"sft": {"sft.form": "solution"} | study.sft, "grpo": study.grpo}[arm.stage] | arm.settings
+    return {"sft": study.sft, "grpo": study.grpo}[arm.stage] | arm.settings
 
 
 def told(study: Study, name: str) -> dict:

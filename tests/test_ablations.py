@@ -3,6 +3,7 @@ whole study on noise in seconds, stopped and resumed."""
 
 import itertools
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from transformers import Qwen2_5_VLConfig
 from walkmaker import make_walks
 
 from stkit.bench.routes import parse as parse_route
-from stkit.bench.schema import Question, load_benchmark, row_of
+from stkit.bench.schema import Benchmark, Question, load_benchmark, row_of
 from stkit.bench.timeline import Moment, render
 from stkit.bench.timeline import parse as parse_timeline
-from stkit.runs import read_json, write_json, write_jsonl
+from stkit.runs import claim, read_json, write_json, write_jsonl
 from stkit.runtime import BadUse, StkitError
 from stkit.stats import Interval
 from stkit.tiny import ablations, paper
@@ -371,16 +372,17 @@ def test_clips_on_one_map_are_one_cluster(tmp_path):
 
 KINDS = [kind.replace("/", "_") for kind in paper.KINDS]
 FACTS = {
-    "command": "python -m stkit.tiny.ablations --out runs/paper", "commit": "abc123",
+    "commands": [f"python -m stkit.tiny.ablations --out runs/paper --seeds {seed}" for seed in (0, 1)],
     "machine": {"cores": 2, "processor": "x86_64", "torch": "2.9"}, "start": {"model": "see", "sha256": "f" * 64},
     "walks": {"train": {"clips": 8}} | {on: {"clips": 30, "clusters": list(range(30))} for on in ("test", "ood")},
 }  # fmt: skip
 
 
-def row(right: int) -> dict:
+def row(right: int, commit: str = "abc123") -> dict:
     """An arm's run with so many of 30 clips right, in every kind."""
     one = said(route_forward="0" * 30, **{kind: "1" * right + "0" * (30 - right) for kind in KINDS})
-    return {"seconds": 90.0, "updates": 7, "test": one, "ood": one}
+    made = {"command": FACTS["commands"][0], "commit": commit}
+    return {"seconds": 90.0, "updates": 7, "test": one, "ood": one} | made
 
 
 def made_up(tmp_path, start: int, cold: int, both: int) -> dict:
@@ -432,7 +434,25 @@ def test_figures_of_the_page_are_those_of_the_json(tmp_path):
     assert cells[1] == "**81.7**" and cells[4] == "80.0, 83.3" and cells[5] == "25.0" and cells[-1] == "0.0"
     assert "n = 180 questions, 30 clusters, chance 25.0" in text and "abc123" in text
     assert "| sft | SFT | with | start | 1 | published | 7 | 1.5 |" in text
-    assert "67 (52, 62, 69, 67, 75, 77)" in section(text, "Beside the paper")
+    beside = section(text, "Beside the paper")
+    assert "| 67 → 54 (-13) | start → sft | 16.7 → 40.0 (+23.3) | 16.7 → 40.0 (+23.3) |" in beside
+    assert "| Qwen2-VL-7B [D] | 67 | 52 | 62 | 69 | 67 | 75 | 77 |" in beside
+    assert "| start, out of distribution |" + " 16.7 |" * 7 in beside
+
+
+def test_the_page_names_every_command_and_the_commit_of_every_run_and_marks_what_no_commit_holds(tmp_path):
+    found = made_up(tmp_path, start=5, cold=12, both=24)
+    text = page(found)
+    assert "\n".join(FACTS["commands"]) in text and "All runs were made at commit `abc123`." in text
+    assert "Not reproducible" not in text and "left out" not in text
+    found["unfinished"] = [2, 3]
+    found["arms"]["both"]["seeds"]["1"]["commit"] = "abc123 to def456-dirty"
+    found["arms"]["sft"]["seeds"]["1"]["commit"] = "def456"
+    text = page(found)
+    assert "> **Not reproducible: 1 runs were made by code that no commit holds** (`abc123 to def456-dirty`)." in text
+    for line in ("- `abc123`: start (0), sft (0), both (0)", "- `def456`: sft (1)", "- `abc123 to def456-dirty`: both (1)"):
+        assert line in text.splitlines()
+    assert "left out: seed 2, 3." in text
 
 
 def test_another_json_is_refused():
@@ -484,7 +504,7 @@ def test_a_study_runs_from_end_to_end_stops_and_goes_on(tmp_path, start, monkeyp
     monkeypatch.setattr(ablations, "evaluate", until_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run_study(out, start, study, seeds=[0], progress=False)
-    assert list(map(str, asked_of)) == ["start/seed-0/test", "start/seed-0/ood", "sft/seed-0/test", "sft/seed-0/ood"]
+    assert list(map(str, asked_of)) == ["start/once/test", "start/once/ood", "sft/seed-0/test", "sft/seed-0/ood"]
     found = run_study(out, start, study, seeds=[0], cards=tmp_path / "cards", progress=False)
     assert list(map(str, asked_of[4:])) == ["sft/seed-0/test", "sft/seed-0/ood", "both/seed-0/test", "both/seed-0/ood"]
     seconds = {name: arm["seeds"]["0"]["seconds"] for name, arm in found["arms"].items()}
@@ -512,6 +532,65 @@ def test_a_study_runs_from_end_to_end_stops_and_goes_on(tmp_path, start, monkeyp
     assert run_study(out, start, study, seeds=[0], progress=False)["arms"] == found["arms"]
     with pytest.raises(StkitError, match="train.steps: 1 -> 2"):
         run_study(out, start, written(study, sft=MICRO["sft"] | {"train.steps": 2}), seeds=[0], progress=False)
+
+
+def begun(tmp_path, seeds=(0, 1), commit="abc123") -> ablations.Bench:
+    """What arms share, without benchmarks."""
+    study = replace(load_study(written(tmp_path / "micro.yaml")), seeds=seeds)
+    return ablations.Bench(tmp_path / "out", study, tmp_path, "f" * 64, {}, {"command": "c", "commit": commit}, False)
+
+
+def done(shared, arm, seed) -> dict:
+    """In place of training and scoring."""
+    claim(shared.folder(arm, seed), shared.told(arm, seed), name="arm.json", beside={"made": shared.made})
+    write_json(shared.folder(arm, seed) / "result.json", row(5))
+    return row(5)
+
+
+def test_a_process_leaves_alone_what_another_is_at_and_waits_for_it(tmp_path, monkeypatch):
+    shared, ran, waits = begun(tmp_path), [], threading.Event()
+    monkeypatch.setattr(ablations, "PAUSE_S", 0.01)
+    monkeypatch.setattr(ablations, "run_arm", lambda *job: (ran.append((job[1].name, job[2])), done(*job))[1])
+    say = lambda text: waits.set() if text == "waiting for sft, seed 0, both, seed 0: another process is at it" else None
+    with ablations._locked(shared.folder(shared.study.arms["sft"], 0)):
+        other = threading.Thread(target=ablations._run_all, args=(shared, say))
+        other.start()
+        assert waits.wait(20) and ran == [("start", 0), ("sft", 1), ("both", 1)]
+    other.join(20)
+    assert ran[3:] == [("sft", 0), ("both", 0)]
+
+
+def test_what_is_written_down_is_of_every_seed_that_all_arms_have_whoever_ran_it(tmp_path):
+    shared = begun(tmp_path, seeds=(4,))
+    for seed in (0, 4):
+        for arm in shared.study.arms.values():
+            done(shared, arm, seed)
+    done(shared, shared.study.arms["sft"], 7)
+    rows, left = ablations.finished(shared)
+    assert {name: list(seeds) for name, seeds in rows.items()} == {"start": [0], "sft": [0, 4], "both": [0, 4]}
+    assert left == [7]
+    assert sorted(p.parent.name for p in shared.out.glob("arms/start/*/result.json")) == ["once"]
+    with pytest.raises(StkitError, match="train.steps: 1 -> 2"):
+        study = replace(shared.study, sft=shared.study.sft | {"train.steps": 2})
+        ablations.finished(shared._replace(study=study))
+
+
+def test_a_run_tells_both_commits_where_it_went_on_at_another_and_no_result_stands_where_a_question_failed(
+    tmp_path, monkeypatch
+):
+    shared, failed = begun(tmp_path), [2, 0, 0]
+    arm = shared.study.arms["start"]
+    shared = shared._replace(walks={on: Benchmark(tmp_path / on, ()) for on in ("test", "ood")})
+    monkeypatch.setattr(ablations, "evaluate", lambda *given, **how: None)
+    monkeypatch.setattr(ablations, "load_run", lambda folder: None)
+    monkeypatch.setattr(ablations, "marks", lambda run: {"failed": failed.pop(0)})
+    with pytest.raises(StkitError, match="once/test: 2 questions could not be asked"):
+        ablations.run_arm(shared, arm, 0)
+    assert not (shared.folder(arm, 0) / "result.json").exists()
+    other = shared._replace(made=shared.made | {"commit": "def456-dirty"})
+    found = ablations.run_arm(other, arm, 0)
+    assert found["commit"] == "abc123 to def456-dirty" and found["seconds"] is None and found["command"] == "c"
+    assert ablations.run_arm(shared, arm, 0) == found
 
 
 def test_time_left_is_that_of_the_same_arm_else_of_the_same_stage():

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..runs import read_json, write_text
 from ..runtime import StkitError
 from . import paper
-from .findings import ALPHA, DISAGREE, HIGHER, LOWER, ON
+from .findings import ALPHA, DISAGREE, HIGHER, LOWER, ON, unsure
 
 WHERE = {"test": "in distribution", "ood": "out of distribution"}
 SAID = {HIGHER: "higher", LOWER: "lower", DISAGREE: "seeds disagree", "none shown": "no difference shown"}
@@ -47,7 +47,7 @@ def page(found: Mapping) -> str:
         StkitError: it is not the result of a study.
     """
     if not isinstance(found, Mapping) or (
-        missing := [k for k in ("arms", "contrasts", "walks", "command") if k not in found]
+        missing := [k for k in ("arms", "contrasts", "walks", "commands") if k not in found]
     ):
         lacking = "not a JSON object" if not isinstance(found, Mapping) else f"no {missing[0]!r} in it"
         raise StkitError(f"ablations.json: {lacking}: run 'python -m stkit.tiny.ablations' again")
@@ -84,26 +84,57 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _head(found: Mapping) -> str:
     test, ood = (found["walks"][on] for on in ON)
     seeds, machine = found["study"]["seeds"], found["machine"]
+    commands = "\n".join(found["commands"])
     return f"""# The paper's questions, in miniature
 
-Written by `stkit.tiny.ablation_page` from `ablations.json` beside it. That one is what this command wrote, at commit
-`{found["commit"] or "unknown"}`, on {machine["cores"]} cores ({machine["processor"]}, torch {machine["torch"]}):
+Written by `stkit.tiny.ablation_page` from `ablations.json` beside it, which this wrote, on {machine["cores"]} cores \
+({machine["processor"]}, torch {machine["torch"]}); a line more for each process or stop with other arguments:
 
 ```bash
-{found["command"]}
+{commands}
 ```
+
+{_commits(found)}
 
 Every arm starts from one small model (weights `{found["start"]["sha256"][:12]}`) that writes the time line of a video and has
 learned the algebra of routes from text, but was never asked a question about a video. Answers are decoded greedily, with
 thoughts, on {test["clips"]} fresh walks of split test and on {ood["clips"]} out of distribution (longer routes, unseen
 textures, less light). Accuracy is over multiple choice (direction, landmark, action, each forward and reverse), in percent.
-Training ran with {len(seeds)} seeds ({", ".join(map(str, seeds))}).
+Training ran with {len(seeds)} seeds ({", ".join(map(str, seeds))}).{_unfinished(found)}
 
 - **by clip**: 95 % interval of the mean over the seeds, clustered by map; it holds for these seeds on other walks.
 - **by clip and seed**: the same, made wider by a t margin of the seeds' own spread; it speaks of other seeds too.
 - **blind**: the same model asked for the letter without frames.
 - **with reverse thinking**: the thought tells the route and its reverse, whichever is asked, and GRPO rewards that with
   {found["study"]["both_orders"]:g}. **Without**: the asked order is written straight from the time line. See `stkit/tiny/thoughts.py`."""
+
+
+def _commits(found: Mapping) -> str:
+    """At which commit every run was made, and a warning where that can't be had."""
+    runs: dict[str, dict[str, list[str]]] = {}
+    for name, arm in found["arms"].items():
+        for seed, row in arm["seeds"].items():
+            runs.setdefault(row["commit"], {}).setdefault(name, []).append(seed)
+    if len(runs) == 1:
+        said = f"All runs were made at commit `{next(iter(runs))}`."
+    else:
+        lines = [
+            f"- `{commit}`: " + ", ".join(f"{name} ({', '.join(seeds)})" for name, seeds in arms.items())
+            for commit, arms in runs.items()
+        ]
+        said = "Runs were made at these commits, arms with their seeds:\n\n" + "\n".join(lines)
+    if bad := [commit for commit in runs if unsure(commit)]:
+        count = sum(len(seeds) for commit in bad for seeds in runs[commit].values())
+        said = (
+            f"> **Not reproducible: {count} runs were made by code that no commit holds** "
+            f"({', '.join(f'`{commit}`' for commit in bad)}).\n\n{said}"
+        )
+    return said
+
+
+def _unfinished(found: Mapping) -> str:
+    left = found.get("unfinished")
+    return f" Not through with all arms, and left out: seed {', '.join(map(str, left))}." if left else ""
 
 
 def _arms(found: Mapping) -> str:
@@ -113,7 +144,7 @@ def _arms(found: Mapping) -> str:
         minutes = [run["seconds"] / 60 for run in runs if run["seconds"] is not None]
         answered = arm["clips"] or found["walks"]["train"]["clips"] if arm["stage"] == "sft" else None
         rows.append([
-            name, (arm["stage"] or "none").upper() if arm["stage"] else "none",
+            name, arm["stage"].upper() if arm["stage"] else "none",
             {"reverse": "with", "direct": "without"}[arm["thinking"]] if arm["stage"] else "–",
             arm["after"] or "start", str(answered or "–"), arm["sampling"] or "as made", str(runs[0]["updates"]),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "–",
@@ -144,8 +175,7 @@ def _accuracies(found: Mapping, on: str) -> str:
             name, f"**{_percent(part['accuracy'])}**", _range(part), _range(part, "wide_low", "wide_high"),
             ", ".join(map(_percent, part["by_seed"])), _percent(part["blind"]), _percent(part["unparsed_rate"]), *own,
         ])  # fmt: skip
-    short = [kind.replace("/forward", " F").replace("/reverse", " R") for kind in (*kinds, *routes)]
-    head = ("arm", "accuracy", "by clip", "by clip and seed", "each seed", "blind", "unread", *short)
+    head = ("arm", "accuracy", "by clip", "by clip and seed", "each seed", "blind", "unread", *map(_short, (*kinds, *routes)))
     first = next(iter(found["arms"].values()))[on]
     few = " Exploratory: fewer than ten clusters." if first["clusters"] < 10 else ""
     return (
@@ -185,31 +215,39 @@ def _contrasts(found: Mapping) -> str:
 
 
 def _beside(found: Mapping) -> str:
-    rows = []
-    for test, ood in _pairs(found):
-        if test["paper"]:
-            one, two = test["paper"]
-            figures = [f"{paper.mean(name):.0f} ({', '.join(map(str, paper.FIGURES[name]))})" for name in (one, two)]
-            rows.append([
-                test["question"], f"{one} → {two}", figures[0], figures[1], f"{_published(test):+.0f}",
-                _percent(test["difference"], "+"), _percent(ood["difference"], "+"),
-            ])  # fmt: skip
-    head = (
-        "question",
-        "the paper's models",
-        "first [D]",
-        "second [D]",
-        "difference [D]",
-        "ours",
-        "ours, out of distribution",
-    )
-    used = dict.fromkeys(name for test, _ in _pairs(found) for name in test["paper"])
+    pairs = [pair for pair in _pairs(found) if pair[0]["paper"]]
+    rows = [
+        [
+            test["question"], "{} → {}".format(*test["paper"]),
+            "{:.0f} → {:.0f} ({:+.0f})".format(*map(paper.mean, test["paper"]), _published(test)),
+            f"{test['first']} → {test['second']}", _both(test), _both(ood),
+        ]
+        for test, ood in pairs
+    ]  # fmt: skip
+    head = ("question", "the paper's", "accuracy [D]", "ours", "in distribution", "out of distribution")
+    used = {name: arm for test, _ in pairs for name, arm in zip(test["paper"], (test["first"], test["second"]))}
     names = "; ".join(f"{name}: {paper.MEANT[name]}" for name in used)
-    order = ", ".join(kind.replace("/", " ") for kind in paper.KINDS)
+    kinds = []
+    for name, arm in used.items():
+        kinds.append([f"{name} [D]", f"{paper.mean(name):.0f}", *map(str, paper.FIGURES[name])])
+        for on in ON:
+            part = found["arms"][arm][on]
+            by_kind = [part["by_task"].get(kind, {}).get("accuracy") for kind in paper.KINDS]
+            kinds.append([f"{arm}, {WHERE[on]}", *map(_percent, [part["accuracy"], *by_kind])])
     return (
-        f"## Beside the paper\n\n{_table(head, rows)}\n\n[D]: read off a radar chart, to about {paper.READ_OFF} points; the mean of "
-        f"the six, and in brackets {order}. {names}."
+        f"## Beside the paper\n\n{_table(head, rows)}\n\nMeans of the six kinds of question for the paper, all questions for ours. "
+        f"[D]: read off a radar chart, to about {paper.READ_OFF} points. {names}.\n\n"
+        f"{_table(('model', 'accuracy', *map(_short, paper.KINDS)), kinds)}"
     )
+
+
+def _both(one: Mapping) -> str:
+    """Both accuracies of a contrast and their difference."""
+    return f"{_percent(one['first_accuracy'])} → {_percent(one['second_accuracy'])} ({_percent(one['difference'], '+')})"
+
+
+def _short(kind: str) -> str:
+    return kind.replace("/forward", " F").replace("/reverse", " R")
 
 
 def _pairs(found: Mapping) -> list[tuple[dict, dict]]:

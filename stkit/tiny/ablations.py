@@ -8,15 +8,20 @@
 Three benchmarks are built once: walks to learn from (split "train"), walks to score (split "test") and walks out of
 distribution (split "test" too). An arm and seed that is done has a ``result.json`` and is not run again; one that was
 stopped goes on where it was. Seeds are the outer loop, so that after a third of the time every arm has a first answer.
+
+The same command twice, or with other seeds, shares the work: an arm that another process is at is left to it. Each
+process writes down at its end what all of them have finished, so the last one writes it all.
 """
 
 import argparse
+import fcntl
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +32,7 @@ from ..bench.build import build_benchmark
 from ..bench.schema import Benchmark, load_benchmark
 from ..evaluation import evaluate
 from ..reporting.judge import load_run
-from ..runs import claim, explain, read_json, to_json, write_json
+from ..runs import claim, explain, read_json, refuse_other, to_json, write_json
 from ..runtime import BadUse, StkitError, commit, versions
 from ..train.grpo import grpo
 from ..train.run import open_run
@@ -35,22 +40,35 @@ from ..train.sft import sft
 from ..vlm.cache import content_hash
 from ..vlm.sight import choose_sampling
 from .ablation_page import write_page
-from .findings import ON, clusters, marks, summarise
+from .findings import ON, UNKNOWN, clusters, marks, seeds_of, summarise, unsure
 from .study import Arm, Study, load_study, settings_of, told
 from .thoughts import both_orders, write_lessons
 
 Say = Callable[[str], None]
+PAUSE_S = 5  # between looks at what another process is at
 
 
 class Bench(NamedTuple):
-    """What all arms share: the folder, the study, the start (folder and SHA-256 of its weights), the benchmarks."""
+    """What all arms share: the folder, the study, the start (folder and SHA-256 of its weights), the benchmarks.
+
+    made: command and commit of this process, as it was when its code was loaded.
+    """
 
     out: Path
     study: Study
     model: Path
     sha256: str
     walks: dict[str, Benchmark]
+    made: dict
     progress: bool
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        """Of one run; an arm that trains nothing has one for all seeds."""
+        return self.out / "arms" / arm.name / (f"seed-{seed}" if arm.stage else "once")
+
+    def told(self, arm: Arm, seed: int) -> dict:
+        """What must be equal for a run's folder to be this one's."""
+        return told(self.study, arm.name) | {"start": self.sha256} | ({"seed": seed} if arm.stage else {})
 
 
 def run_study(
@@ -63,7 +81,8 @@ def run_study(
         out: folder of benchmarks, arms and results; ``ablations.json`` and ``ablations.md`` are written there.
         model: the folder from which every arm starts (the end of the recipe's stage "tell").
         study: see :func:`stkit.tiny.study.load_study`.
-        seeds: of training, in place of the study's; more of them later go on with what is there.
+        seeds: of training, in place of the study's. What is written down is of all seeds that are finished there,
+            these and earlier ones.
         cards: a folder into which ``ablations.json`` and ``ablations.md`` are written too.
         progress: bars, what is running and the time left, on stderr.
 
@@ -73,18 +92,21 @@ def run_study(
     Raises:
         BadUse: an unknown study or setting. StkitError: another study's folder, a full disk, no memory.
     """
-    out, plan = Path(out), load_study(study)
+    out, plan, say = Path(out), load_study(study), _speaker(progress)
     if seeds is not None:
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise BadUse(f"seeds={list(seeds)}: give at least one, none twice, none below 0")
         plan = replace(plan, seeds=tuple(seeds))
     try:
-        shared = _prepare(out, plan, Path(model), progress)
-        rows = _run_all(shared, _speaker(progress))
-        found = summarise(_facts(shared, rows), plan, rows)
-        for folder in filter(None, (out, cards and Path(cards))):
-            write_json(folder / "ablations.json", found)
-            write_page(folder)
+        shared = _prepare(out, plan, Path(model), say, progress)
+        _run_all(shared, say)
+        with _locked(out):
+            rows, unfinished = finished(shared)
+            done = replace(plan, seeds=tuple(seeds_of(rows)))
+            found = summarise(_facts(shared, rows) | {"unfinished": unfinished}, done, rows)
+            for folder in filter(None, (out, cards and Path(cards))):
+                write_json(folder / "ablations.json", found)
+                write_page(folder)
     except OSError as error:
         raise StkitError(explain(error)) from error
     return found
@@ -94,33 +116,96 @@ def _speaker(progress: bool) -> Say:
     return lambda text: tqdm.write(text, file=sys.stderr) if progress else None
 
 
-def _prepare(out: Path, study: Study, model: Path, progress: bool) -> Bench:
-    """The folder claimed, the three benchmarks built."""
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder's lock, which the system takes back however the process ends; False: another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _prepare(out: Path, study: Study, model: Path, say: Say, progress: bool) -> Bench:
+    """The folder claimed, the three benchmarks built; one process does it, the others wait."""
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise StkitError(f"{model}: no model.safetensors in it: give the folder that a recipe's stage wrote")
-    sha256 = content_hash(weights)
-    claim(out, {"study": study.name, "start": sha256}, name="study.json", beside={"versions": versions()})
-    walks = {}
-    for name, how in study.walks.items():
-        split = "train" if name == "train" else "test"
-        build_benchmark(out / name, how["clips"], how["seed"], ood=name == "ood", split=split, progress=progress)
-        walks[name] = load_benchmark(out / name)
-    return Bench(out, study, model, sha256, walks, progress)
+    sha256, walks = content_hash(weights), {}
+    called = Path(sys.argv[0])
+    program = ["python", "-m", "stkit.tiny.ablations"] if called.stem == "ablations" else [called.name]
+    made = {"command": shlex.join([*program, *sys.argv[1:]]), "commit": commit() or UNKNOWN}
+    if unsure(made["commit"]):
+        say(f"the code that runs is in no commit ({made['commit']}): the page will say so; commit first to avoid it")
+    with _locked(out):
+        settings = {"study": study.name, "start": sha256, "walks": study.walks}
+        claim(out, settings, name="study.json", beside={"versions": versions()})
+        for name, how in study.walks.items():
+            if not (out / name / "benchmark.json").exists():  # written last
+                split = "train" if name == "train" else "test"
+                build_benchmark(out / name, how["clips"], how["seed"], ood=name == "ood", split=split, progress=progress)
+            walks[name] = load_benchmark(out / name)
+    return Bench(out, study, model, sha256, walks, made, progress)
 
 
-def _run_all(shared: Bench, say: Say) -> dict[str, dict[int, dict]]:
-    """The result of every arm by seed; an arm that trains nothing is the same for all seeds, and is scored once."""
+def _run_all(shared: Bench, say: Say) -> None:
+    """Run every arm with every seed; what another process is at is left to it, and waited for."""
     study, clock = shared.study, Clock()
     jobs = [(arm, seed) for seed in study.seeds for arm in study.arms.values() if arm.stage or seed == study.seeds[0]]
-    rows: dict[str, dict[int, dict]] = {name: {} for name in study.arms}
-    for place, (arm, seed) in enumerate(jobs):
-        done = shared.out / "arms" / arm.name / f"seed-{seed}" / "result.json"
-        if not done.exists():
-            say(f"[{place + 1}/{len(jobs)}] {arm.name}, seed {seed}: running; {clock.left(jobs[place:])}")
-        rows[arm.name][seed] = row = run_arm(shared, arm, seed)
-        clock.took(arm, row["seconds"])
-    return rows
+    left, waiting = list(jobs), False
+
+    def tell(arm: Arm, seed: int) -> None:
+        say(f"[{len(jobs) - len(left) + 1}/{len(jobs)}] {arm.name}, seed {seed}: running; {clock.left(left)}")
+
+    while left:
+        for arm, seed in left:
+            if (row := _run_one(shared, arm, seed, tell)) is not None:
+                clock.took(arm, row["seconds"])
+                left.remove((arm, seed))
+                waiting = False
+                break
+        else:
+            if not waiting:
+                say(f"waiting for {', '.join(f'{arm.name}, seed {seed}' for arm, seed in left)}: another process is at it")
+            waiting = True
+            time.sleep(PAUSE_S)
+
+
+def _run_one(shared: Bench, arm: Arm, seed: int, tell: Callable[[Arm, int], None]) -> dict | None:
+    """The result of one run; None as long as another process is at it or the arm before it is not done."""
+    folder = shared.folder(arm, seed)
+    if arm.after and not (shared.folder(shared.study.arms[arm.after], seed) / "result.json").exists():
+        return None
+    with _locked(folder, wait=False) as mine:
+        if mine and not (folder / "result.json").exists():
+            tell(arm, seed)
+        return run_arm(shared, arm, seed) if mine else None
+
+
+def finished(shared: Bench) -> tuple[dict[str, dict[int, dict]], list[int]]:
+    """The results of every arm by seed, of the seeds that all arms have, whoever ran them; and the seeds left out.
+
+    Raises:
+        StkitError: a result of other settings is among them.
+    """
+    arms = shared.study.arms.values()
+    there = {a.name: _seeds_there(shared.out / "arms" / a.name) for a in arms if a.stage}
+    whole = sorted(set.intersection(*there.values()))
+    rows: dict[str, dict[int, dict]] = {}
+    for arm in arms:
+        rows[arm.name] = {}
+        for seed in whole if arm.stage else whole[:1]:
+            folder = shared.folder(arm, seed)
+            refuse_other(folder, shared.told(arm, seed), name="arm.json", beside=("made",))
+            rows[arm.name][seed] = read_json(folder / "result.json")
+    return rows, sorted(set.union(*there.values()) - set(whole))
+
+
+def _seeds_there(folder: Path) -> set[int]:
+    return {int(found.parent.name.removeprefix("seed-")) for found in folder.glob("seed-*/result.json")}
 
 
 class Clock:
@@ -152,20 +237,20 @@ def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
     """Train one arm with one seed and score it; read from its ``result.json`` where that is there.
 
     Returns:
-        ``seconds`` (of training and scoring; None where it was stopped on the way), ``commit``, ``updates``, and for
-        "test" and "ood" what :func:`stkit.tiny.findings.marks` gives.
+        ``seconds`` (of training and scoring; None where it was stopped on the way), ``command`` and ``commit`` (two of
+        them where it went on at another one), ``updates``, and for "test" and "ood" what
+        :func:`stkit.tiny.findings.marks` gives.
 
     Raises:
-        StkitError: the folder holds an arm of other settings.
+        StkitError: the folder holds an arm of other settings; a question could not be asked.
     """
-    folder = shared.out / "arms" / arm.name / f"seed-{seed}"
-    facts = told(shared.study, arm.name) | {"seed": seed, "start": shared.sha256}
-    stopped = claim(folder, facts, name="arm.json")
+    folder, made = shared.folder(arm, seed), shared.made
+    stopped = claim(folder, shared.told(arm, seed), name="arm.json", beside={"made": made})
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
     begin = time.monotonic()
     model, updates = _trained(shared, arm, seed, folder)
-    row = {"commit": commit(), "updates": updates}
+    row = {}
     for name in ON:
         asked = folder / name
         evaluate(
@@ -173,7 +258,15 @@ def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
             max_new_tokens=shared.study.max_new_tokens, progress=shared.progress,
         )  # fmt: skip
         row[name] = marks(load_run(asked))
-    row = {"seconds": None if stopped else round(time.monotonic() - begin, 1)} | row
+        if row[name]["failed"]:
+            raise StkitError(
+                f"{asked}: {row[name]['failed']} questions could not be asked (predictions.jsonl says why): mend it, delete "
+                "that folder and run the same command again"
+            )
+    begun = read_json(folder / "arm.json")["made"]["commit"]
+    at = " to ".join(dict.fromkeys([begun, made["commit"]]))
+    seconds = None if stopped else round(time.monotonic() - begin, 1)
+    row = {"seconds": seconds, "command": made["command"], "commit": at, "updates": updates} | row
     write_json(folder / "result.json", row)
     return row
 
@@ -184,7 +277,7 @@ def _trained(shared: Bench, arm: Arm, seed: int, folder: Path) -> tuple[Path, in
         return shared.model, 0
     start = shared.model
     if arm.after:
-        start = open_run(folder.parents[1] / arm.after / f"seed-{seed}" / "run").model
+        start = open_run(shared.folder(shared.study.arms[arm.after], seed) / "run").model
     walks, study = shared.walks["train"], shared.study
     how = choose_sampling(walks.info, arm.sampling, None, None)
     overrides = settings_of(study, arm) | {"video.sampling": how["sampling"], "video.frames": how["frames"]}
@@ -201,18 +294,16 @@ def _trained(shared: Bench, arm: Arm, seed: int, folder: Path) -> tuple[Path, in
 
 
 def _facts(shared: Bench, rows: dict[str, dict[int, dict]]) -> dict:
-    """What a reader must know to run it again. Commits are those at which arms ended."""
+    """What a reader must know to run it again."""
     walks = {
         name: {**shared.study.walks[name], "hash": bench.info["hash"], "questions": len(bench.questions)}
         | ({"clusters": clusters(bench)} if name in ON else {})
         for name, bench in shared.walks.items()
     }
-    called = Path(sys.argv[0])
-    program = ["python", "-m", "stkit.tiny.ablations"] if called.stem == "ablations" else [called.name]
-    commits = dict.fromkeys(row["commit"] or "unknown" for runs in rows.values() for row in runs.values())
+    commands = dict.fromkeys(row["command"] for runs in rows.values() for row in runs.values())
     machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
     return {
-        "command": shlex.join([*program, *sys.argv[1:]]), "commit": ", ".join(commits), "machine": machine | versions(),
+        "commands": list(commands), "machine": machine | versions(),
         "start": {"model": str(shared.model), "sha256": shared.sha256}, "walks": walks,
     }  # fmt: skip
 

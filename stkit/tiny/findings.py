@@ -30,12 +30,23 @@ from .study import Study
 
 ON = ("test", "ood")
 ALPHA = 0.05
+UNKNOWN = "unknown"  # a commit that could not be told
 HIGHER, LOWER, DISAGREE, NOTHING = "higher", "lower", "seeds disagree", "none shown"
 
 
 def walks_of(questions: Sequence) -> list[str]:
     """The clips of a benchmark that anything is asked about, in the order of its questions."""
     return list(dict.fromkeys(question.clip_id for question in questions))
+
+
+def seeds_of(rows: Mapping[str, Mapping]) -> list:
+    """The seeds of the arm that has most; one that trains nothing has run once."""
+    return list(max(rows.values(), key=len))
+
+
+def unsure(commit: str) -> bool:
+    """Whether what ran can't be had from a commit: files differed from it, or it is not known."""
+    return "-dirty" in commit or UNKNOWN in commit
 
 
 def clusters(benchmark: Benchmark) -> list[int]:
@@ -67,7 +78,7 @@ def summarise(facts: Mapping, study: Study, rows: Mapping[str, Mapping[int, dict
     """All of a study's results as plain JSON values.
 
     Args:
-        facts: command, commit, machine, start, and walks with the "clusters" of "test" and "ood".
+        facts: commands, machine, start, unfinished (seeds left out), and walks with the "clusters" of "test" and "ood".
         rows: arm -> seed -> what :func:`stkit.tiny.ablations.run_arm` returns.
 
     Returns:

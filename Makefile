@@ -1,5 +1,6 @@
 # make demo: from nothing to runs/demo/report.html.   make test: the whole test suite.   Both set up .venv first.
 # make train: SFT and GRPO of the small model, to runs/train/report.html.
+# make paper: the paper's questions in miniature, overnight on 2 cores, from runs/tiny.
 # make bench: against plain Transformers.   make bench-sweep: how cost grows.   make kernels: the Triton kernels' proofs.
 
 VENV := .venv
@@ -9,8 +10,9 @@ DEMO_CLIPS ?= 40
 TRAIN_CLIPS ?= 40
 TRAIN_STEPS ?=
 TESTS ?= tests
+SEEDS ?= 0 1 2
 
-.PHONY: setup demo train test bench bench-sweep kernels notebooks clean
+.PHONY: setup demo train paper test bench bench-sweep kernels notebooks clean
 
 setup: $(VENV)/ready
 
@@ -33,6 +35,13 @@ train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit grpo runs/train-walks-$(TRAIN_CLIPS) --model runs/train-sft --preset tiny --out runs/train $(TRAIN_STEPS)
 	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
 	$(BIN)/stkit report runs/train --out runs/train/report.html
+
+PAPER := -m stkit.tiny.ablations --model runs/tiny/tell/model --out runs/paper --cards data_cards --seeds $(SEEDS)
+
+paper: setup   # two processes of one thread share the arms; SEEDS="3 4" adds to what is there; run again, it goes on
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python $(PAPER) > runs/paper.log 2>&1 & other=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python $(PAPER) && wait $$other
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)

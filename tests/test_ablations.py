@@ -449,7 +449,7 @@ def test_the_page_names_every_command_and_the_commit_of_every_run_and_marks_what
     found["arms"]["both"]["seeds"]["1"]["commit"] = "abc123 to def456-dirty"
     found["arms"]["sft"]["seeds"]["1"]["commit"] = "def456"
     text = page(found)
-    assert "> **Not reproducible: 1 runs were made by code that no commit holds** (`abc123 to def456-dirty`)." in text
+    assert "> **Not reproducible: code that no commit holds made 1 of 5 runs** (`abc123 to def456-dirty`)." in text
     for line in ("- `abc123`: start (0), sft (0), both (0)", "- `def456`: sft (1)", "- `abc123 to def456-dirty`: both (1)"):
         assert line in text.splitlines()
     assert "left out: seed 2, 3." in text

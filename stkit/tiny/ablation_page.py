@@ -125,8 +125,9 @@ def _commits(found: Mapping) -> str:
         said = "Runs were made at these commits, arms with their seeds:\n\n" + "\n".join(lines)
     if bad := [commit for commit in runs if unsure(commit)]:
         count = sum(len(seeds) for commit in bad for seeds in runs[commit].values())
+        total = sum(len(arm["seeds"]) for arm in found["arms"].values())
         said = (
-            f"> **Not reproducible: {count} runs were made by code that no commit holds** "
+            f"> **Not reproducible: code that no commit holds made {count} of {total} runs** "
             f"({', '.join(f'`{commit}`' for commit in bad)}).\n\n{said}"
         )
     return said
@@ -146,7 +147,7 @@ def _arms(found: Mapping) -> str:
         rows.append([
             name, arm["stage"].upper() if arm["stage"] else "none",
             {"reverse": "with", "direct": "without"}[arm["thinking"]] if arm["stage"] else "–",
-            arm["after"] or "start", str(answered or "–"), arm["sampling"] or "as made", str(runs[0]["updates"]),
+            arm["after"] or ("start" if arm["stage"] else "–"), str(answered or "–"), arm["sampling"] or "as made", str(runs[0]["updates"]),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "–",
         ])  # fmt: skip
     head = (

@@ -147,7 +147,8 @@ def _arms(found: Mapping) -> str:
         rows.append([
             name, arm["stage"].upper() if arm["stage"] else "none",
             {"reverse": "with", "direct": "without"}[arm["thinking"]] if arm["stage"] else "–",
-            arm["after"] or ("start" if arm["stage"] else "–"), str(answered or "–"), arm["sampling"] or "as made", str(runs[0]["updates"]),
+            arm["after"] or ("start" if arm["stage"] else "–"), str(answered or "–"), arm["sampling"] or "as made",
+            str(runs[0]["updates"]),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "–",
         ])  # fmt: skip
     head = (
@@ -165,24 +166,20 @@ def _arms(found: Mapping) -> str:
 
 def _accuracies(found: Mapping, on: str) -> str:
     kinds = [kind for kind in paper.KINDS if all(kind in arm[on]["by_task"] for arm in found["arms"].values())]
-    routes = [
-        kind for kind in ("route/forward", "route/reverse") if kind in next(iter(found["arms"].values()))[on]["by_task"]
-    ]
     rows = []
     for name, arm in found["arms"].items():
         part = arm[on]
-        own = [_percent(part["by_task"][kind]["accuracy"]) for kind in (*kinds, *routes)]
+        own = [_percent(part["by_task"][kind]["accuracy"]) for kind in kinds]
         rows.append([
             name, f"**{_percent(part['accuracy'])}**", _range(part), _range(part, "wide_low", "wide_high"),
             ", ".join(map(_percent, part["by_seed"])), _percent(part["blind"]), _percent(part["unparsed_rate"]), *own,
         ])  # fmt: skip
-    head = ("arm", "accuracy", "by clip", "by clip and seed", "each seed", "blind", "unread", *map(_short, (*kinds, *routes)))
+    head = ("arm", "accuracy", "by clip", "by clip and seed", "each seed", "blind", "unread", *map(_short, kinds))
     first = next(iter(found["arms"].values()))[on]
     few = " Exploratory: fewer than ten clusters." if first["clusters"] < 10 else ""
     return (
         f"## Accuracy {WHERE[on]}\n\n{_table(head, rows)}\n\nn = {first['n']} questions, {first['clusters']} clusters, chance "
-        f"{_percent(first['chance'])}. F forward, R reverse; a route is right when it is exactly right. unread: no answer could be "
-        f"read.{few}"
+        f"{_percent(first['chance'])}. F forward, R reverse. unread: no answer could be read.{few}"
     )
 
 

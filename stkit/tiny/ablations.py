@@ -29,10 +29,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..bench.build import build_benchmark
-from ..bench.schema import Benchmark, load_benchmark
+from ..bench.schema import Benchmark, load_benchmark, row_of
 from ..evaluation import evaluate
 from ..reporting.judge import load_run
-from ..runs import claim, explain, read_json, refuse_other, to_json, write_json
+from ..runs import claim, explain, read_json, refuse_other, to_json, write_json, write_jsonl
 from ..runtime import BadUse, StkitError, commit, versions
 from ..train.grpo import grpo
 from ..train.run import open_run
@@ -147,8 +147,15 @@ def _prepare(out: Path, study: Study, model: Path, say: Say, progress: bool) -> 
             if not (out / name / "benchmark.json").exists():  # written last
                 split = "train" if name == "train" else "test"
                 build_benchmark(out / name, how["clips"], how["seed"], ood=name == "ood", split=split, progress=progress)
-            walks[name] = load_benchmark(out / name)
+            walks[name] = load_benchmark(out / name) if name == "train" else choices(load_benchmark(out / name))
     return Bench(out, study, model, sha256, walks, made, progress)
+
+
+def choices(benchmark: Benchmark) -> Benchmark:
+    """Its multiple-choice questions alone: those that the paper gives figures of. A route takes twice as long to write."""
+    asked, path = tuple(q for q in benchmark.questions if not q.is_open), benchmark.path / "choices.jsonl"
+    write_jsonl(path, map(row_of, asked))
+    return replace(benchmark, path=path, questions=asked)
 
 
 def _run_all(shared: Bench, say: Say) -> None:
@@ -252,9 +259,10 @@ def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
     model, updates = _trained(shared, arm, seed, folder)
     row = {}
     for name in ON:
-        asked = folder / name
+        asked, bench = folder / name, shared.walks[name]
+        how = choose_sampling(bench.info, arm.sampling, None, None)
         evaluate(
-            shared.walks[name].path, model=model, out=asked, mode="generate", sampling=arm.sampling,
+            bench.path, model=model, out=asked, mode="generate", sampling=how["sampling"], frames=how["frames"],
             max_new_tokens=shared.study.max_new_tokens, progress=shared.progress,
         )  # fmt: skip
         row[name] = marks(load_run(asked))

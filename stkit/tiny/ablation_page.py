@@ -87,14 +87,13 @@ def _head(found: Mapping) -> str:
     commands = "\n".join(found["commands"])
     return f"""# The paper's questions, in miniature
 
-Written by `stkit.tiny.ablation_page` from `ablations.json` beside it, which this wrote, on {machine["cores"]} cores \
-({machine["processor"]}, torch {machine["torch"]}); a line more for each process or stop with other arguments:
+Written by `stkit.tiny.ablation_page` from `ablations.json` beside it. All runs were made by
 
 ```bash
 {commands}
 ```
 
-{_commits(found)}
+on {machine["cores"]} cores ({machine["processor"]}, torch {machine["torch"]}). {_commits(found)}
 
 Every arm starts from one small model (weights `{found["start"]["sha256"][:12]}`) that writes the time line of a video and has
 learned the algebra of routes from text, but was never asked a question about a video. Answers are decoded greedily, with
@@ -116,20 +115,18 @@ def _commits(found: Mapping) -> str:
         for seed, row in arm["seeds"].items():
             runs.setdefault(row["commit"], {}).setdefault(name, []).append(seed)
     if len(runs) == 1:
-        said = f"All runs were made at commit `{next(iter(runs))}`."
+        said = f"All were made at commit `{next(iter(runs))}`."
     else:
         lines = [
             f"- `{commit}`: " + ", ".join(f"{name} ({', '.join(seeds)})" for name, seeds in arms.items())
             for commit, arms in runs.items()
         ]
-        said = "Runs were made at these commits, arms with their seeds:\n\n" + "\n".join(lines)
+        said = "They were made at these commits, arms with their seeds:\n\n" + "\n".join(lines)
     if bad := [commit for commit in runs if unsure(commit)]:
         count = sum(len(seeds) for commit in bad for seeds in runs[commit].values())
         total = sum(len(arm["seeds"]) for arm in found["arms"].values())
-        said = (
-            f"> **Not reproducible: code that no commit holds made {count} of {total} runs** "
-            f"({', '.join(f'`{commit}`' for commit in bad)}).\n\n{said}"
-        )
+        named = ", ".join(f"`{commit}`" for commit in bad)
+        said += f"\n\n> **Not reproducible: code that no commit holds made {count} of {total} runs** ({named})."
     return said
 
 
@@ -159,9 +156,10 @@ def _arms(found: Mapping) -> str:
         "clips with answers",
         "sampling",
         "updates",
-        "minutes a seed",
+        "minutes a run",
     )
-    return f"## Arms\n\n{_table(head, rows)}\n\nMinutes are of training from the arm before it and of scoring, one after another."
+    said = "Minutes are of training from the arm before it and of scoring, beside whatever else ran."
+    return f"## Arms\n\n{_table(head, rows)}\n\n{said}"
 
 
 def _accuracies(found: Mapping, on: str) -> str:
@@ -233,15 +231,16 @@ def _beside(found: Mapping) -> str:
             by_kind = [part["by_task"].get(kind, {}).get("accuracy") for kind in paper.KINDS]
             kinds.append([f"{arm}, {WHERE[on]}", *map(_percent, [part["accuracy"], *by_kind])])
     return (
-        f"## Beside the paper\n\n{_table(head, rows)}\n\nMeans of the six kinds of question for the paper, all questions for ours. "
-        f"[D]: read off a radar chart, to about {paper.READ_OFF} points. {names}.\n\n"
+        f"## Beside the paper\n\n{_table(head, rows)}\n\nMeans of the six kinds of question for the paper, all questions "
+        f"for ours. [D]: read off a radar chart, to about {paper.READ_OFF} points. {names}.\n\n"
         f"{_table(('model', 'accuracy', *map(_short, paper.KINDS)), kinds)}"
     )
 
 
 def _both(one: Mapping) -> str:
     """Both accuracies of a contrast and their difference."""
-    return f"{_percent(one['first_accuracy'])} → {_percent(one['second_accuracy'])} ({_percent(one['difference'], '+')})"
+    first, second = (_percent(one[f"{which}_accuracy"]) for which in ("first", "second"))
+    return f"{first} → {second} ({_percent(one['difference'], '+')})"
 
 
 def _short(kind: str) -> str:

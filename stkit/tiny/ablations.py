@@ -146,13 +146,16 @@ def _prepare(out: Path, study: Study, model: Path, say: Say, progress: bool) -> 
         for name, how in study.walks.items():
             if not (out / name / "benchmark.json").exists():  # written last
                 split = "train" if name == "train" else "test"
-                build_benchmark(out / name, how["clips"], how["seed"], ood=name == "ood", split=split, progress=progress)
-            walks[name] = load_benchmark(out / name) if name == "train" else choices(load_benchmark(out / name))
+                ood = name == "ood"
+                build_benchmark(out / name, how["clips"], how["seed"], ood=ood, split=split, progress=progress)
+            walks[name] = load_benchmark(out / name)
+            if name in ON:
+                walks[name] = choices(walks[name])
     return Bench(out, study, model, sha256, walks, made, progress)
 
 
 def choices(benchmark: Benchmark) -> Benchmark:
-    """Its multiple-choice questions alone: those that the paper gives figures of. A route takes twice as long to write."""
+    """Its multiple-choice questions alone, of which the paper gives figures: a route takes twice as long to write."""
     asked, path = tuple(q for q in benchmark.questions if not q.is_open), benchmark.path / "choices.jsonl"
     write_jsonl(path, map(row_of, asked))
     return replace(benchmark, path=path, questions=asked)
@@ -176,7 +179,8 @@ def _run_all(shared: Bench, say: Say) -> None:
                 break
         else:
             if not waiting:
-                say(f"waiting for {', '.join(f'{arm.name}, seed {seed}' for arm, seed in left)}: another process is at it")
+                rest = ", ".join(f"{arm.name}, seed {seed}" for arm, seed in left)
+                say(f"waiting for {rest}: another process is at it")
             waiting = True
             time.sleep(PAUSE_S)
 
@@ -268,8 +272,8 @@ def run_arm(shared: Bench, arm: Arm, seed: int) -> dict:
         row[name] = marks(load_run(asked))
         if row[name]["failed"]:
             raise StkitError(
-                f"{asked}: {row[name]['failed']} questions could not be asked (predictions.jsonl says why): mend it, delete "
-                "that folder and run the same command again"
+                f"{asked}: {row[name]['failed']} questions could not be asked (predictions.jsonl says why): mend it, "
+                "delete that folder and run the same command again"
             )
     begun = read_json(folder / "arm.json")["made"]["commit"]
     at = " to ".join(dict.fromkeys([begun, made["commit"]]))

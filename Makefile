@@ -1,5 +1,6 @@
 # make demo: from nothing to runs/demo/report.html.   make test: the whole test suite.   Both set up .venv first.
 # make train: SFT and GRPO of the small model, to runs/train/report.html.
+# make slow: the small model's recipe on a small scale, from nothing to scores, to data_cards/tiny_quick.json.
 # make paper: the paper's questions in miniature, overnight on 2 cores, from runs/tiny.
 # make bench: against plain Transformers.   make bench-sweep: how cost grows.   make kernels: the Triton kernels' proofs.
 
@@ -12,7 +13,7 @@ TRAIN_STEPS ?=
 TESTS ?= tests
 SEEDS ?= 0 1 2
 
-.PHONY: setup demo train paper test bench bench-sweep kernels notebooks clean
+.PHONY: setup demo train slow paper test bench bench-sweep kernels notebooks clean
 
 setup: $(VENV)/ready
 
@@ -35,6 +36,11 @@ train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit grpo runs/train-walks-$(TRAIN_CLIPS) --model runs/train-sft --preset tiny --out runs/train $(TRAIN_STEPS)
 	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
 	$(BIN)/stkit report runs/train --out runs/train/report.html
+
+slow: setup   # under 15 minutes on 2 cores; its last result is committed
+	@mkdir -p runs
+	$(BIN)/stkit tiny train --quick --out runs/quick --json > runs/quick.json
+	cp runs/quick.json data_cards/tiny_quick.json
 
 PAPER := -m stkit.tiny.ablations --model runs/tiny/tell/model --out runs/paper --cards data_cards --seeds $(SEEDS)
 

@@ -26,13 +26,14 @@ def train(
 ):
     """Make the tiny models from nothing, stage by stage; the same command goes on where it was stopped."""
     from .tiny.recipe import train_tiny
-    from .tiny.ship import told
+    from .tiny.ship import how, told
 
     if quick and recipe:
         raise BadUse(f"--quick and --recipe {recipe} both choose a recipe: leave one out")
     with stdout_for_json_only(as_json):
         found = train_tiny(out, recipe or ("quick" if quick else "full"), seed, until)
-    print(to_json(found) if as_json else told(found))
+    folders = {part: {name: str(folder) for name, folder in found.get(part, {}).items()} for part in ("stages", "models")}
+    print(to_json(how() | found | folders) if as_json else told(found))
 
 
 @commands.command(epilog="Example: stkit tiny score --out runs/tiny-scores --clips 200 --seed 7")

@@ -1,6 +1,7 @@
 """From a recipe of a few steps to three folders that load, their scores and their cards: the whole path, small."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_three_folders_come_out_that_load_with_how_they_were_made(made, recipe):
         for stage, told in manifest["stages"].items():
             rows = read_rows(recipe.parent / "made" / stage / "metrics.jsonl")
             assert told == {"commit": commit(), "minutes": round(sum(row["seconds"] for row in rows) / 60, 1)}
+
+
+def test_json_of_the_command_tells_the_command_and_the_scores(made, recipe, monkeypatch, capsys):
+    monkeypatch.setattr(ship, "MAX_NEW_TOKENS", SHORT)
+    command = ["tiny", "train", "--out", str(recipe.parent / "made"), "--recipe", str(recipe), "--seed", "3", "--json"]
+    monkeypatch.setattr("sys.argv", ["stkit", *command])
+    assert cli.run(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == shlex.join(["stkit", *command]) and found["commit"] == commit()
+    assert found["scores"] == json.loads(json.dumps(made["scores"])) and set(found["models"]) == set(tiny.SHIPPED)
 
 
 def test_cold_is_one_of_the_copies_kept_on_the_way_and_tiny_the_end_of_the_last_stage(made):

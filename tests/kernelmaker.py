@@ -2,6 +2,7 @@
 
 import os
 
+import pandas
 from teammaker import CONTEXT
 
 
@@ -38,6 +39,7 @@ def _serve(arguments: list[str], env: dict, cwd: str) -> None:
     os.environ.clear()
     os.environ.update(env | {"JPY_PARENT_PID": str(os.getppid())})
     os.chdir(cwd)
+    pandas.set_option("display.max_columns", 20)  # as pandas has it when a kernel imports it
     from ipykernel.kernelapp import launch_new_instance
 
     launch_new_instance(argv=arguments)

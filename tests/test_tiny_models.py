@@ -213,6 +213,7 @@ def test_the_recipes_that_ship_are_whole(name):
         ({"stages": {"a": {"lesson": "see", **STAGE, "steps": 0}}}, "stages.a.steps=0: give a number above 0"),
         ({"stages": {"a": {"lesson": "see", **STAGE, "tasks": ["sing"]}}}, "stages.a.tasks=.*: give some of route"),
         ({"stages": {"a": {"lesson": "see", **STAGE, "told_tasks": ["sing"]}}}, "stages.a.told_tasks=.*: give some of route"),
+        ({"stages": {"a": {"lesson": "see", **STAGE, "backwards": 1.5}}}, "stages.a.backwards=1.5: give a share from 0 to 1"),
         ({"grpo": {"train.rate": 1}}, "unknown key 'train.rate'"),
     ],
 )

@@ -94,6 +94,8 @@ def _stage(name: str, row: object) -> Stage:
             raise BadUse(f"{where}.{key}={list(given)!r}: give some of {', '.join(TASKS)}")
     for key in ("steps", "walks", "per_walk", "lr"):
         _count(getattr(stage, key), f"{where}.{key}")
+    if not 0 <= stage.backwards <= 1:
+        raise BadUse(f"{where}.backwards={stage.backwards!r}: give a share from 0 to 1")
     return stage
 
 

@@ -95,7 +95,7 @@ def goals(name: str, found: Mapping) -> list[tuple[str, str, bool]]:
     if "blind" in ways:
         blind = ways["blind"]
         near = blind["low"] <= blind["chance"] <= blind["high"]
-        told.append(("no better than chance without frames", f"{percent(blind['accuracy'])} ({_range(blind)})", near))
+        told.append(("at chance without frames", f"{percent(blind['accuracy'])} ({_range(blind)})", near))
     if turns := (ways.get("reversed") or {}).get("turn_order"):
         said = f"{percent(turns['mean'])} ({_range(turns)}) of the routes"
         told.append(("frames backwards told as they show, more often than not", said, turns["mean"] > 0.5))
@@ -132,9 +132,10 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     ways, bench = scores["models"][name], manifest["benchmark"]
     first = next(iter(ways.values()))
     grpo = ", ".join(f"{key}={value}" for key, value in manifest["recipe"]["grpo"].items())
-    made = manifest["stages"]["grpo"]
-    learned = f"\n\nThen GRPO, {made['minutes']:.0f} minutes at commit `{made['commit']}` (`{grpo}`; the rest as in "
-    learned = f"{learned}`stkit/train/presets/tiny.yaml`)." if name == "tiny-r1" else ""
+    learned, made = "", manifest["stages"]["grpo"]
+    if name == "tiny-r1":
+        learned = f"\n\nThen GRPO, {made['minutes']:.0f} minutes at commit `{made['commit']}` (`{grpo}`; the rest as in "
+        learned += "`stkit/train/presets/tiny.yaml`)."
     thinking = f", without a thought; the row \"{WAYS['blind']}\" is with one" * ("blind" in ways)
     note = f"\n\n{manifest['note']}" if manifest.get("note") else ""
     return f"""# {name}

@@ -96,10 +96,10 @@ def facts_of(out: Path, recipe: Mapping, seed: int, stages: Sequence[Path]) -> d
 
 
 def _made(folder: Path) -> dict:
-    """The commit at which a stage was begun, and the minutes that its updates took."""
+    """The commit at which a stage was begun, and the minutes that its updates took (None without a record of them)."""
     record = next(path for name in ("stage.yaml", "config.yaml") if (path := folder / name).exists())
-    seconds = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl"))
-    return {"commit": read_yaml(record).get("commit") or "unknown", "minutes": round(seconds / 60, 1)}
+    seconds = [row["seconds"] for row in read_rows(folder / "metrics.jsonl")]
+    return {"commit": read_yaml(record).get("commit") or "unknown", "minutes": round(sum(seconds) / 60, 1) if seconds else None}
 
 
 def told(found: Mapping) -> str:

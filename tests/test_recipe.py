@@ -89,8 +89,8 @@ def test_a_mirrored_walk_is_seen_and_told_with_left_and_right_exchanged(bench, f
 
 def test_a_walk_backwards_is_seen_from_its_end_and_told_with_turns_exchanged(bench, films, loaded):
     walk, spec = films.walks[0], video_spec(loaded.processor)
-    turned = walk.turned()
-    assert turned.turned() == walk and turned.plan == walk.plan
+    turned = walk.run_backwards()
+    assert turned.run_backwards() == walk and turned.plan == walk.plan
     swap = {"left": "right", "right": "left"}
     seen = [(swap.get(m.motion, m.motion), m.landmark, m.side) for m in walk.frames][::-1]
     assert [(m.motion, m.landmark, m.side) for m in turned.frames] == seen

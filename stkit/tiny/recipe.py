@@ -194,7 +194,7 @@ class Lessons:
         if rng.random() < 0.5:
             walk = walk.mirrored()
         if kind in SEEN and rng.random() < self.stage.backwards:
-            walk, kind = walk.turned(), "tell" if kind == "answer" else kind
+            walk, kind = walk.run_backwards(), "tell" if kind == "answer" else kind
         asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in tasks]
         video = self.films.video(walk) if kind in SEEN else None
         chosen = rng.sample(asked, min(count, len(asked)))

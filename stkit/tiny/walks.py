@@ -37,7 +37,8 @@ SPLIT = "train"
 @dataclass(frozen=True)
 class Walk:
     """A walk with what each sampled frame shows. ``film``: which of the films shows it, None for a walk that is only
-    told; ``shift``: which of its samples of frames; ``flipped``: the film is to be mirrored; ``backwards``: it runs from its end."""
+    told; ``shift``: which of its samples of frames; ``flipped``: the film is to be mirrored; ``backwards``: it is to run
+    from its end."""
 
     name: str
     plan: Plan
@@ -62,7 +63,7 @@ class Walk:
         frames = tuple(Moment(MIRROR.get(m.motion, m.motion), m.landmark, MIRROR.get(m.side, "")) for m in self.frames)
         return replace(self, plan=plan, frames=frames, flipped=not self.flipped)
 
-    def turned(self) -> "Walk":
+    def run_backwards(self) -> "Walk":
         """What is seen when its film runs backwards: a turn to the left is one to the right then. The plan stays that of
         the walk, so that it has a time line and no answers."""
         frames = tuple(replace(m, motion=MIRROR.get(m.motion, m.motion)) for m in reversed(self.frames))

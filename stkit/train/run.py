@@ -20,7 +20,7 @@ from ..runtime import StkitError
 from .settings import STAGES
 
 CONFIG = "config.yaml"
-BESIDE = ("command", "commit", "why", "platform", "plan", "threads", "steps")  # keys of it that are not compared on resumption
+BESIDE = ("command", "commit", "why", "platform", "plan", "threads", "steps")  # not compared on resumption
 
 
 @dataclass(frozen=True)

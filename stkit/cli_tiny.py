@@ -21,7 +21,7 @@ def train(
     quick: Annotated[bool, typer.Option("--quick", help="A small recipe, to see that it runs: little is learned.")] = False,
     seed: Seed = 0,
     recipe: Annotated[str | None, typer.Option("--recipe", help="full, quick or a YAML file.")] = None,
-    until: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="The last stage to run; grpo: all of the training.")] = None,
     as_json: AsJson = False,
 ):
     """Make the tiny models from nothing, stage by stage; the same command goes on where it was stopped."""

@@ -1,12 +1,14 @@
 """From a recipe of a few steps to three folders that load, their scores and their cards: the whole path, small."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from teammaker import run_team
 
 from stkit import cli
 from stkit.bench.schema import load_benchmark
@@ -29,7 +31,7 @@ RECIPE = {
     "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1},
                "polish": {"lesson": "answer", **STAGE, "steps": 1}},
     "grpo": {"train.steps": 1, "grpo.group": 2, "grpo.max_new_tokens": SHORT, "data.tasks": CHOICE, "data.per_clip": 1,
-             "train.batch": 1, "rewards.chain": 0.5},
+             "train.batch": 2, "rewards.chain": 0.5},
 }  # fmt: skip
 
 
@@ -40,12 +42,26 @@ def recipe(tmp_path_factory):
     return path
 
 
+def train_together(out, recipe):
+    """One of the processes that share the training; the rest of the command is for one alone."""
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    ship.MAX_NEW_TOKENS = SHORT
+    with pytest.raises(BadUse, match="2 processes share the training only: give until='grpo'"):
+        train_tiny(out, recipe, seed=3)
+    found = train_tiny(out, recipe, seed=3, until="grpo", progress=False)
+    assert list(found) == ["stages"] and found["stages"]["grpo"] == out / "grpo"
+
+
 @pytest.fixture(scope="module")
 def made(recipe):
-    """Made by the command, and what it said."""
+    """Trained by two processes, and made whole by the command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ship, "MAX_NEW_TOKENS", SHORT)
         out = recipe.parent / "made"
+        team = run_team(recipe.parent / "team", train_together, out, recipe)
+        assert [code for code, _ in team] == [0, 0], team
+        assert len(read_rows(out / "grpo" / "metrics.jsonl")) == 1 and not (out / "tiny").exists()
         assert cli.run(["tiny", "train", "--out", str(out), "--recipe", str(recipe), "--seed", "3"]) == 0
         return train_tiny(out, recipe, seed=3, progress=False)  # all is there already
 

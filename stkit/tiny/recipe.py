@@ -10,7 +10,7 @@ walks, without a video, then on films. Then GRPO. A run that was stopped goes on
 import math
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,13 +30,13 @@ from ..train.reading import load_settings
 from ..vlm import tiny
 from ..vlm.load import load_model
 from ..vlm.logps import tree_logps
-from ..vlm.processes import join_team
+from ..vlm.processes import Team, join_team
 from ..vlm.prompts import encode_answer
 from ..vlm.video import VideoInputs
 from ..vlm.vision import encode_videos
 from .glance import glance_loss, glance_on, word_tokens
 from .lessons import SEEN, Reader, glanced, lesson
-from .ship import accuracy, choice_questions, facts_of, how, pick_cold, reason, ship
+from .ship import CHOICE, accuracy, choice_questions, facts_of, how, pick_cold, reason, ship
 from .stages import Recipe, Stage, load_recipe
 from .walks import SPLIT, Films, Walk, planned_walks
 
@@ -52,22 +52,23 @@ def train_tiny(
         out: folder of films, stages and the model.
         recipe: see :func:`stkit.tiny.stages.load_recipe`.
         seed: of the first weights, the walks and the order of lessons.
-        until: the last stage to run; None for all.
+        until: the last stage to run, or "grpo" for all of the training, which several processes may share; None for the
+            folders that ship and their scores, too.
 
     Returns:
-        stages (name -> folder); once all are done models (name -> folder of each that ships), cold_accuracy on dev and
+        stages (name -> folder); without ``until`` models (name -> folder of each that ships), cold_accuracy on dev and
         scores (the same of each model).
 
     Raises:
         BadUse: an unknown recipe or stage. StkitError: another recipe's folder, a full disk, no memory.
     """
     out, plan = Path(out), load_recipe(recipe)
-    names = [stage.name for stage in plan.stages]
+    names = [*(stage.name for stage in plan.stages), "grpo"]
     if until is not None and until not in names:
         raise BadUse(f"until={until!r}: no such stage, use {', '.join(names)}")
     team = join_team()
     if team.count > 1 and until is None:
-        raise BadUse(f"{team.count} processes share the stages only: give until={names[-1]!r}, then run the rest in one")
+        raise BadUse(f"{team.count} processes share the training only: give until={names[-1]!r}, then run the rest in one")
     try:
         told = {"recipe": asdict(plan), "seed": seed}
         team.first(lambda: claim(out, told, name="recipe.yaml", beside=how() | {"versions": versions()}))
@@ -76,26 +77,39 @@ def train_tiny(
         made, films = {}, None
         for stage in plan.stages[: names.index(until) + 1 if until else None]:
             if stage.lesson in SEEN and films is None:
-                team.first(lambda: _films(out, plan, seed, model, progress))
-                films = _films(out, plan, seed, model, False)
+                team.first(lambda: build_benchmark(out / "walks", plan.films, seed, split=SPLIT, progress=progress))
+                team.first(lambda: _films(out, plan, model, progress))
+                films = _films(out, plan, model, False)
             made[stage.name] = out / stage.name
             model = run_stage(stage, made[stage.name], model, films, plan.told, seed, progress)
-        return {"stages": made} | ({} if until else _three(out, plan, seed, made, progress))
+        if until not in (None, "grpo"):
+            return {"stages": made}
+        reasoned = _reasoned(out, plan, seed, made, team, progress)
+        if until:
+            return {"stages": made | {"grpo": out / "grpo"}}
+        return {"stages": made} | _three(out, plan, seed, made, reasoned, progress)
     except OSError as error:
         raise StkitError(explain(error)) from error
 
 
-def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], progress: bool) -> dict:
-    """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
-    last = made[plan.stages[-1].name]
+def _reasoned(out: Path, plan: Recipe, seed: int, made: dict[str, Path], team: Team, progress: bool) -> dict:
+    """GRPO from the copy that is to be tiny-cold: questions of split "dev", cold (its folder and accuracy on them), model."""
     kept = [copy for folder in made.values() for copy in sorted((folder / "kept").glob("*"))]
-    questions = choice_questions(out / "dev", plan.dev, seed, progress)
-    cold, cold_accuracy = pick_cold(kept, questions, out / "dev-scores", progress)
-    reasoned = reason(cold, out / "walks", out / "grpo", plan.grpo, seed, progress)
+    team.first(lambda: choice_questions(out / "dev", plan.dev, seed, progress))
+    questions = out / "dev" / CHOICE
+    cold = pick_cold(kept, questions, out / "dev-scores", progress)
+    model = reason(cold[0], out / "walks", out / "grpo", plan.grpo, seed, progress)
+    return {"questions": questions, "cold": cold, "model": model}
+
+
+def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], reasoned: Mapping, progress: bool) -> dict:
+    """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
+    cold, cold_accuracy = reasoned["cold"]
     facts = facts_of(out, asdict(plan), seed, [*made.values(), out / "grpo"])
-    sources = {"tiny": last / "model", "tiny-cold": cold, "tiny-r1": reasoned}
+    sources = {"tiny": made[plan.stages[-1].name] / "model", "tiny-cold": cold, "tiny-r1": reasoned["model"]}
     models = {name: ship(out, name, source, facts) for name, source in sources.items()}
-    scores = {name: accuracy(folder, questions, out / "dev-scores" / name, progress) for name, folder in models.items()}
+    dev, questions = out / "dev-scores", reasoned["questions"]
+    scores = {name: accuracy(folder, questions, dev / name, progress) for name, folder in models.items()}
     return {"models": models, "cold_accuracy": cold_accuracy, "scores": scores}
 
 
@@ -106,9 +120,8 @@ def _first_weights(folder: Path, seed: int) -> None:
         tiny.seeded_model(Qwen2_5_VLConfig.from_pretrained(folder), seed).save_pretrained(folder)
 
 
-def _films(out: Path, plan: Recipe, seed: int, model: Path, progress: bool) -> Films:
-    """The filmed walks, rendered and decoded once."""
-    build_benchmark(out / "walks", plan.films, seed, split=SPLIT, progress=progress)
+def _films(out: Path, plan: Recipe, model: Path, progress: bool) -> Films:
+    """The filmed walks, decoded once."""
     return Films(out / "walks", out / "films", load_model(model, device="cpu").processor, plan.shifts, progress)
 
 

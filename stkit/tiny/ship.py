@@ -6,6 +6,7 @@ time, as walks of split "dev" tell: so that there is something left to learn. ``
 
 import shlex
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from .thoughts import chain
 from .walks import SPLIT
 
 COLD = (0.55, 0.65)  # accuracy between which tiny-cold is to lie
+CHOICE = "choice.jsonl"
 
 
 def choice_questions(out: Path, clips: int, seed: int, progress: bool = True) -> Path:
     """A question file with the multiple-choice questions of fresh walks of split "dev"."""
     build_benchmark(out, clips, seed, split="dev", progress=progress)
-    path = out / "choice.jsonl"
+    path = out / CHOICE
     write_jsonl(path, [row_of(q) for q in load_benchmark(out).questions if not q.is_open])
     return path
 
@@ -40,7 +42,9 @@ def accuracy(model: Path, questions: Path, out: Path, progress: bool = True) -> 
 
 
 def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool = True) -> tuple[Path, float]:
-    """The first of the kept weights whose accuracy on dev lies in :data:`COLD`, else the nearest to its middle.
+    """The first of the kept weights whose accuracy on dev reaches :data:`COLD`, or one before it that is nearer to its middle.
+
+    It is found by halving, as accuracy rises in training: a few of the copies are scored, not all.
 
     Args:
         kept: model folders (``stage/kept/update``) in the order of training.
@@ -55,11 +59,14 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
     if not kept:
         raise StkitError("no weights were kept on the way: set keep_every of a stage in the recipe")
     found: dict[Path, float] = {}
-    for model in kept:
+
+    def reaches(model: Path) -> bool:
         name = "-".join(model.parts[-3::2])  # stage and update
         found[model] = accuracy(model, questions, out / name, progress)["accuracy"]
-        if found[model] >= COLD[0]:
-            break
+        return found[model] >= COLD[0]
+
+    first = bisect_left(kept, True, hi=len(kept) - 1, key=reaches)
+    reaches(kept[first])
     middle = sum(COLD) / 2
     best = min(found, key=lambda model: abs(found[model] - middle))
     return best, found[best]
@@ -67,6 +74,8 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
 
 def reason(model: Path, walks: Path, out: Path, settings: Mapping, seed: int, progress: bool = True) -> Path:
     """GRPO on the films from ``tiny-cold``; the folder of the model it makes. Settings may weigh the reward "chain"."""
+    if (done := out / "model").exists():  # however many processes made it
+        return done
     rewards = {"chain": chain} if "rewards.chain" in settings else None
     common = {"model": model, "preset": "tiny", "out": out, "seed": seed, "progress": progress}
     return Path(grpo(walks, overrides=dict(settings), rewards=rewards, **common).model)

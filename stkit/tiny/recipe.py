@@ -41,6 +41,7 @@ from .stages import Recipe, Stage, load_recipe
 from .walks import SPLIT, Films, Walk, planned_walks
 
 MADE_FOR = PRESETS["tiny"]
+MAX_TOKENS = 8_192  # computed at once; with more of them a CPU's caches hold less, and an update takes longer
 
 
 def train_tiny(
@@ -134,7 +135,7 @@ def run_stage(
         return result
     settings = load_settings("tiny", "sft", {
         "train.steps": stage.steps, "train.lr": stage.lr, "train.warmup": stage.warmup, "train.seed": seed,
-        "train.weight_decay": stage.weight_decay, "train.save_every": 25, "train.max_tokens": 16_384,
+        "train.weight_decay": stage.weight_decay, "train.save_every": 25, "train.max_tokens": MAX_TOKENS,
         "train.precision": precision(stage),
     })  # fmt: skip
     processes = Processes(settings, out)

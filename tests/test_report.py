@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import av
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -373,6 +374,15 @@ def test_plots_print_n_and_clusters_and_keep_each_tasks_colour(place):
     figure = plots.runs_plot({"video": scores, "$shuffled_": scores}, Figure())
     assert [panel.get_title() for panel in figure.axes] == list(plots.TASKS)
     assert figure.axes[0].get_yticklabels()[1].get_text() == "$shuffled_"
+
+
+def test_a_notebook_shows_the_figures_after_the_first_one():
+    """The first figure is what turns a notebook's backend on."""
+    with matplotlib.rc_context():
+        matplotlib.interactive(False)
+        with plots.plot_style():
+            matplotlib.interactive(True)
+        assert matplotlib.is_interactive()
 
 
 def test_task_colours_are_told_apart_on_paper_and_screen():

@@ -43,6 +43,8 @@ def plot_style():
     """Our look for the time of one plot; a notebook's own settings are left alone."""
     with sns.axes_style("white"), sns.plotting_context("paper"), matplotlib.rc_context(STYLE):
         yield
+        interactive = matplotlib.is_interactive()
+    matplotlib.interactive(interactive)  # the first figure of a notebook turns that on, and no other is shown without it
 
 
 def axes_for(ax, rows: int):

@@ -13,8 +13,10 @@ import torch
 
 from stkit.bench.build import build_benchmark
 from stkit.bench.plans import PRESETS, make_plan, plan_row
+from stkit.bench.routes import Route, reverse
 from stkit.bench.schema import load_benchmark
 from stkit.bench.timeline import load_truth, render, timeline
+from stkit.reporting.chains import items_told, read_chain
 from stkit.runtime import BadUse
 from stkit.sampling import sample_indices
 from stkit.tiny.glance import glance_loss, glance_on, word_tokens
@@ -103,18 +105,30 @@ def test_a_walk_backwards_is_seen_from_its_end_and_told_with_turns_exchanged(ben
     assert torch.equal(films.video(turned).pixel_values, asked.pixel_values)
 
 
-def test_of_a_walk_backwards_the_time_line_alone_is_learned(films, loaded):
-    stage = Stage("answer", "answer", 4, 2, 2, 1e-3, told=1, backwards=1.0)
-    told = Lessons(stage, films, planned_walks(2, 0), 0, SimpleNamespace(loaded=loaded)).of(0)
-    for one in told[:2]:
-        for line in one.lines:
-            text = loaded.processor.tokenizer.decode(line.ids)
-            assert text.startswith("<think>Timeline:") and text.endswith(".") and "Route" not in text
-    assert "answer" in loaded.processor.tokenizer.decode(told[2].lines[0].ids)  # what is told is told forwards
-    some = Lessons(replace(stage, walks=40, backwards=0.3), films, [], 0, SimpleNamespace(loaded=loaded))
-    shown = [some._on(films.walks, "answer", CHOICE, place, 1, 1.0).lines[0].ids for place in range(40)]
-    short = sum("Route" not in loaded.processor.tokenizer.decode(ids) for ids in shown)
-    assert 4 <= short <= 22  # 12 are expected
+def test_of_a_walk_backwards_the_route_that_it_shows_is_learned_and_no_option(films, loaded):
+    tokenizer, reader = loaded.processor.tokenizer, Reader(loaded.processor, "qwen2_5_vl")
+    walk, turned = films.walks[0], films.walks[0].run_backwards()
+    for question in walk.questions(PRESET, 3):
+        given, taught = learned(lesson([question], turned, "read", reader)[0], tokenizer)
+        assert learned(lesson([question], turned, "answer", reader)[0], tokenizer) == ("", given + taught)
+        assert given == f"<think>{render(turned.moments, dense=True)}" and taught.startswith(" Route: ")
+        assert taught.count(".") == (2 if question.order == "reverse" else 1)  # no option, no answer
+        chain = read_chain(given + taught)
+        route = [step for step in chain.route if step.value != "straight"]
+        for task in CHOICE:
+            if question.task in (task, "route"):
+                shown, kind = items_told(turned.moments, task), {"direction": "move"}.get(task, task)
+                assert tuple(step for step in route if step.kind == kind) == shown
+        assert chain.reversed == (reverse(Route(chain.route)).steps if question.order == "reverse" else None)
+
+
+def test_a_share_of_the_films_and_of_the_told_walks_runs_backwards(films, loaded):
+    stage = Stage("answer", "answer", 4, 40, 1, 1e-3, told=40, backwards=0.3)
+    told = Lessons(stage, films, planned_walks(4, 0), 0, SimpleNamespace(loaded=loaded)).of(0)
+    for part in (told[:40], told[40:]):
+        texts = [loaded.processor.tokenizer.decode(one.lines[0].ids) for one in part]
+        assert all("Route: " in text for text in texts)
+        assert 4 <= sum("answer" not in text for text in texts) <= 22  # 12 are expected
 
 
 def test_a_shifted_walk_is_what_the_frames_beside_the_sampled_ones_show(bench, loaded, tmp_path):

@@ -106,8 +106,8 @@ def reverse(route: Route) -> Route:
     straights: list[list[Step]] = [[]]
     turns = []
     for step in route.steps:
-        if step.kind == "move" and step.value != "straight":
-            turns.append(_undo(step))
+        if is_turn(step):
+            turns.append(undo(step))
             straights.append([])
         else:
             straights[-1].append(step)
@@ -117,7 +117,13 @@ def reverse(route: Route) -> Route:
     return Route(tuple(steps))
 
 
-def _undo(step: Step) -> Step:
+def is_turn(step: Step) -> bool:
+    """Whether it changes the direction."""
+    return step.kind == "move" and step.value != "straight"
+
+
+def undo(step: Step) -> Step:
+    """The step on the way back: left and right exchanged, an action undone. ``undo(undo(step)) == step``."""
     value = step.value if step.kind == "landmark" else INVERSE.get(step.value, step.value)
     return Step(step.kind, value, INVERSE.get(step.side, step.side))
 
@@ -128,7 +134,7 @@ def _backwards(steps: list[Step]) -> list[Step]:
         begin += 1
     while end > begin and steps[end - 1].kind == "move":
         end -= 1
-    return steps[:begin] + [_undo(step) for step in reversed(steps[begin:end])] + steps[end:]
+    return steps[:begin] + [undo(step) for step in reversed(steps[begin:end])] + steps[end:]
 
 
 def render(route: Route, style: int = 0, order: str = "forward") -> str:

@@ -11,16 +11,20 @@
 - "see": with the video, the time line alone, without a question;
 - "tell": the same after a question, so that the words of the time line stand at any distance from the frames;
 - "answer": with the video, all of it.
+
+Of a film that runs backwards, and of its time line, the route is learned that it shows, and nothing of the options: they are of
+the walk as it was.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from ..bench.routes import Route, is_turn, reverse, undo
 from ..bench.schema import LETTERS, Question
 from ..bench.timeline import render, words_of
 from ..runtime import BadUse, StkitError, generator
-from ..train.answers import answer_text, right_text, short_items
+from ..train.answers import answer_text, derived, right_text, short_items, told_route
 from ..train.forest import Line
 from ..vlm.prompts import build_prompt, encode_answer
 from ..vlm.video import VideoInputs
@@ -52,16 +56,25 @@ def parts(question: Question, walk: Walk, lesson: str) -> tuple[str, str, bool]:
     text = answer_text(question, FORM, moments=walk.moments)
     if not text.startswith(head):
         raise StkitError(f"question {question.id}: its text does not begin with the time line")
+    if walk.backwards:
+        text = f"{head} {derived(_shown_backwards(question), question)}"
     if lesson == "answer":
-        return "", text, True
+        return "", text, not walk.backwards
     if lesson == "read":
-        return head, text[len(head) :], True
+        return head, text[len(head) :], not walk.backwards
     if lesson == "spell":
         return "", f"<think>{_spelled(question)}", False
     given, stop, learned = text[len(head) :].partition(".")
     if lesson == "recall" and not question.is_open:
         learned = f"{learned.partition(' A:')[0]} {'; '.join(short_items(question, right_text(question)))}."
     return f"<think>{given.lstrip()}{stop}", learned, lesson != "recall"
+
+
+def _shown_backwards(question: Question) -> Route:
+    """The route that a film shows from its end on: turns as on the way back, all else as it was seen."""
+    back = told_route(question)
+    there = reverse(back) if question.order == "reverse" else back
+    return Route(tuple(step if is_turn(step) else undo(step) for step in reverse(there).steps))
 
 
 def glanced(walk: Walk) -> str:

@@ -207,8 +207,8 @@ class Lessons:
             walk = self.films.shifted(walk, rng)
         if rng.random() < 0.5:
             walk = walk.mirrored()
-        if kind in SEEN and rng.random() < self.stage.backwards:
-            walk, kind = walk.run_backwards(), "tell" if kind == "answer" else kind
+        if (kind in SEEN or self.stage.backwards) and rng.random() < self.stage.backwards:
+            walk = walk.run_backwards()
         asked = [q for q in walk.questions(MADE_FOR, rng.getrandbits(62)) if q.task in tasks]
         video = self.films.video(walk) if kind in SEEN else None
         chosen = rng.sample(asked, min(count, len(asked)))

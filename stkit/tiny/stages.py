@@ -21,8 +21,8 @@ RECIPES = Path(__file__).parent / "recipes"
 class Stage:
     """A stage. An update takes ``walks`` walks with ``per_walk`` questions each; beside them ``told`` walks of the
     lesson "read", whose loss counts ``told_share`` times as much, on ``told_tasks`` (none: the same tasks). glance: how much
-    the loss of the lesson "glance" counts, on the same films. backwards: the share of films that run from their end, of
-    which the time line alone is told. keep_every: updates between copies of the weights."""
+    the loss of the lesson "glance" counts, on the same films. backwards: the share of walks that run from their end, of
+    which what is seen is told and no question is answered. keep_every: updates between copies of the weights."""
 
     name: str
     lesson: str

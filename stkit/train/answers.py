@@ -122,9 +122,7 @@ def _derivation(question: Question, moments: Sequence[Moment] | None, form: str)
         )
     route = told_route(question)
     forward = reverse(route) if question.order == "reverse" else route
-    said = [render(moments, dense=form == "checked"), f"Route: {_listed(forward, question)}."]
-    if question.order == "reverse":
-        said.append(f"Reversed: {_listed(route, question)}.")
+    said = [render(moments, dense=form == "checked"), derived(forward, question)]
     if not question.is_open:
         alive = narrowed(question)
         if form == "timeline":
@@ -133,6 +131,12 @@ def _derivation(question: Question, moments: Sequence[Moment] | None, form: str)
             told = [f"{letter}: {', '.join(items)}" for letter, items in checked(question)]
         said.append(f"{'. '.join(told)}. So the answer is {short_answer(question)}.")
     return " ".join(said)
+
+
+def derived(route: Route, question: Question) -> str:
+    """A route forwards, and after it its reverse where the question asks for that, in the words of the time line."""
+    told = f"Route: {_listed(route, question)}."
+    return told if question.order == "forward" else f"{told} Reversed: {_listed(reverse(route), question)}."
 
 
 def told_route(question: Question) -> Route:

@@ -188,9 +188,10 @@ def test_a_goal_is_met_where_the_scores_say_so():
     def ways(accuracy, low, exact, turns):
         kinds = {f"{task}/{order}": {"accuracy": accuracy} for task in CHOICE for order in ("forward", "reverse")}
         by_task = kinds | {"landmark/reverse": {"accuracy": low}, "route/forward": {"accuracy": 0.1}}
-        blind = {"accuracy": 0.26, "low": 0.2, "high": 0.3, "chance": 0.25}
+        blind = {"accuracy": 0.26, "low": 0.2, "high": 0.3, "chance": 0.25, "unparsed_rate": 0.1}
         backwards = {"turn_order": {"mean": turns, "low": turns - 0.1, "high": turns + 0.1}}
-        return {"in": {"accuracy": accuracy, "by_task": by_task, "route": {"exact": exact}}, "blind": blind, "reversed": backwards}
+        inside = {"accuracy": accuracy, "by_task": by_task, "route": {"exact": exact}, "blind": 0.25}
+        return {"in": inside, "blind": blind, "reversed": backwards}
 
     def met(name, found):
         return [met for _, _, met in cards.goals(name, found)]

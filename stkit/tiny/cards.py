@@ -94,8 +94,9 @@ def goals(name: str, found: Mapping) -> list[tuple[str, str, bool]]:
         told.append(("at least 15 above tiny-cold, by a paired test over walks", gained, enough))
     if "blind" in ways:
         blind = ways["blind"]
-        near = blind["low"] <= blind["chance"] <= blind["high"]
-        told.append(("at chance without frames", f"{percent(blind['accuracy'])} ({_range(blind)})", near))
+        said = f"{percent(blind['accuracy'])} ({_range(blind)}), {percent(blind['unparsed_rate'])} without an answer; "
+        said += f"by letter {percent(inside['blind'])}"
+        told.append(("without frames not above chance", said, blind["low"] <= blind["chance"]))
     if turns := (ways.get("reversed") or {}).get("turn_order"):
         said = f"{percent(turns['mean'])} ({_range(turns)}) of the routes"
         told.append(("frames backwards told as they show, more often than not", said, turns["mean"] > 0.5))

@@ -42,9 +42,9 @@ def accuracy(model: Path, questions: Path, out: Path, progress: bool = True) -> 
 
 
 def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool = True) -> tuple[Path, float]:
-    """The first of the kept weights whose accuracy on dev reaches :data:`COLD`, or one before it that is nearer to its middle.
+    """Of the kept weights those whose accuracy on dev lies nearest to the middle of :data:`COLD`, of the copies that are scored.
 
-    It is found by halving, as accuracy rises in training: a few of the copies are scored, not all.
+    As accuracy rises in training, the first copy that reaches :data:`COLD` is looked for by halving: a few copies are scored.
 
     Args:
         kept: model folders (``stage/kept/update``) in the order of training.

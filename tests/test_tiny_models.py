@@ -212,7 +212,7 @@ def test_a_goal_is_met_where_the_scores_say_so():
 def test_the_recipes_that_ship_are_whole(name):
     found = load_recipe(name)
     names = ["recall", "spell", "match", "glance", "read", "see", "tell", "answer"]
-    names += ["sharpen", "polish"] * (name == "full")
+    names += ["sharpen", "polish", "settle"] * (name == "full")
     assert [stage.name for stage in found.stages] == names and any(stage.keep_every for stage in found.stages)
     assert all(stage.told <= found.told for stage in found.stages)
 

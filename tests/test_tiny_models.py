@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from teammaker import run_team
 
 from stkit import cli
@@ -31,7 +33,7 @@ RECIPE = {
     "stages": {"recall": {"lesson": "recall", **STAGE}, "answer": {"lesson": "answer", **STAGE, "told": 1, "keep_every": 1},
                "polish": {"lesson": "answer", **STAGE, "steps": 1}},
     "grpo": {"train.steps": 1, "grpo.group": 2, "grpo.max_new_tokens": SHORT, "data.tasks": CHOICE, "data.per_clip": 1,
-             "train.batch": 2, "rewards.chain": 0.5},
+             "train.batch": 2, "lora.rank": 2, "rewards.chain": 0.5},
 }  # fmt: skip
 
 
@@ -53,6 +55,12 @@ def train_together(out, recipe):
     assert list(found) == ["stages"] and found["stages"]["grpo"] == out / "grpo"
 
 
+def learn_something(adapter: Path) -> None:
+    """Other weights for an adapter that no reward has moved."""
+    torch.manual_seed(0)
+    save_file({name: 0.1 * torch.randn_like(value) for name, value in load_file(adapter).items()}, adapter)
+
+
 @pytest.fixture(scope="module")
 def made(recipe):
     """Trained by two processes, and made whole by the command."""
@@ -62,6 +70,7 @@ def made(recipe):
         team = run_team(recipe.parent / "team", train_together, out, recipe)
         assert [code for code, _ in team] == [0, 0], team
         assert len(read_rows(out / "grpo" / "metrics.jsonl")) == 1 and not (out / "tiny").exists()
+        learn_something(out / "grpo" / "adapter" / "adapter_model.safetensors")
         assert cli.run(["tiny", "train", "--out", str(out), "--recipe", str(recipe), "--seed", "3"]) == 0
         return train_tiny(out, recipe, seed=3, progress=False)  # all is there already
 
@@ -106,6 +115,10 @@ def test_cold_is_one_of_the_copies_kept_on_the_way_and_tiny_the_end_of_the_last_
     assert sum(same(shipped["tiny-cold"], weights(path)) for path in kept) == 1
     assert same(shipped["tiny"], weights(made["stages"]["polish"] / "model")) and same(weights(stage / "model"), weights(kept[1]))
     assert not any(same(shipped["tiny"], weights(path)) for path in kept)
+    cold = next(path for path in kept if same(shipped["tiny-cold"], weights(path)))
+    by_peft = PeftModel.from_pretrained(load_model(cold, device="cpu").model, stage.parent / "grpo" / "adapter").merge_and_unload()
+    assert all(torch.allclose(shipped["tiny-r1"][k], v.half(), atol=1e-3) for k, v in by_peft.state_dict().items())
+    assert not same(shipped["tiny-cold"], shipped["tiny-r1"])
 
 
 def test_cold_is_the_first_copy_in_the_range_or_the_nearest(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ from ..runs import claim, explain, replace_folder
 from ..runtime import BadUse, StkitError, generator, versions
 from ..train.forest import Line, Plant, plant
 from ..train.loop import Loop
+from ..train.merge import merge
 from ..train.policy import Policy, make_policy
 from ..train.processes import Processes
 from ..train.reading import load_settings
@@ -94,20 +95,21 @@ def train_tiny(
 
 
 def _reasoned(out: Path, plan: Recipe, seed: int, made: dict[str, Path], team: Team, progress: bool) -> dict:
-    """GRPO from the copy that is to be tiny-cold: questions of split "dev", cold (its folder and accuracy on them), model."""
+    """GRPO from the copy that is to be tiny-cold: questions of split "dev", and cold (its folder and accuracy on them)."""
     kept = [copy for folder in made.values() for copy in sorted((folder / "kept").glob("*"))]
     team.first(lambda: choice_questions(out / "dev", plan.dev, seed, progress))
     questions = out / "dev" / CHOICE
     cold = pick_cold(kept, questions, out / "dev-scores", progress)
-    model = reason(cold[0], out / "walks", out / "grpo", plan.grpo, seed, progress)
-    return {"questions": questions, "cold": cold, "model": model}
+    reason(cold[0], out / "walks", out / "grpo", plan.grpo, seed, progress)
+    return {"questions": questions, "cold": cold}
 
 
 def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], reasoned: Mapping, progress: bool) -> dict:
     """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
     cold, cold_accuracy = reasoned["cold"]
     facts = facts_of(out, asdict(plan), seed, [*made.values(), out / "grpo"])
-    sources = {"tiny": made[plan.stages[-1].name] / "model", "tiny-cold": cold, "tiny-r1": reasoned["model"]}
+    merged = Path(merge(out / "grpo", out / "grpo-merged")["out"])  # without an adapter: a copy
+    sources = {"tiny": made[plan.stages[-1].name] / "model", "tiny-cold": cold, "tiny-r1": merged}
     models = {name: ship(out, name, source, facts) for name, source in sources.items()}
     dev, questions = out / "dev-scores", reasoned["questions"]
     scores = {name: accuracy(folder, questions, dev / name, progress) for name, folder in models.items()}

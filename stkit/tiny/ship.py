@@ -72,13 +72,13 @@ def pick_cold(kept: Sequence[Path], questions: Path, out: Path, progress: bool =
     return best, found[best]
 
 
-def reason(model: Path, walks: Path, out: Path, settings: Mapping, seed: int, progress: bool = True) -> Path:
-    """GRPO on the films from ``tiny-cold``; the folder of the model it makes. Settings may weigh the reward "chain"."""
-    if (done := out / "model").exists():  # however many processes made it
-        return done
+def reason(model: Path, walks: Path, out: Path, settings: Mapping, seed: int, progress: bool = True) -> None:
+    """GRPO on the films from ``tiny-cold``. Settings may weigh the reward "chain"; ``lora.rank`` above 0 trains an adapter."""
+    if any((out / name).exists() for name in ("model", "adapter")):  # however many processes made it
+        return
     rewards = {"chain": chain} if "rewards.chain" in settings else None
     common = {"model": model, "preset": "tiny", "out": out, "seed": seed, "progress": progress}
-    return Path(grpo(walks, overrides=dict(settings), rewards=rewards, **common).model)
+    grpo(walks, overrides=dict(settings), rewards=rewards, **common)
 
 
 def ship(out: Path, name: str, model: Path, facts: Mapping) -> Path:

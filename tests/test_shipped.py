@@ -136,16 +136,10 @@ def test_four_names_are_ours_and_no_folder_or_other_object_is():
         tiny.folder("tiny-hot")
 
 
-def test_until_weights_ship_tiny_is_untrained_and_its_record_says_so(own_shelf):
-    (own_shelf / "tiny" / tiny.WEIGHTS).unlink()
-    record = load_model("tiny", device="cpu").record
-    assert (record["name"], record["untrained"], record["weights"]) == ("tiny", True, "seed 0")
-    assert "expect chance" in record["why"]["untrained"]
-
-
-@pytest.mark.parametrize("name", ["tiny-cold", "tiny-r1"])
+@pytest.mark.parametrize("name", tiny.SHIPPED)
 def test_a_name_whose_weights_are_not_there_says_what_to_run(own_shelf, name):
-    (own_shelf / "tiny-cold" / tiny.WEIGHTS).unlink()
+    for there in ("tiny", "tiny-cold"):
+        (own_shelf / there / tiny.WEIGHTS).unlink()
     for ask in (load_model, lambda name: plan(name, load_settings("tiny", "sft"), "sft")):
         with pytest.raises(StkitError, match=rf"'{name}': no .*{name}/model.safetensors: .*run 'stkit tiny train'"):
             ask(name)

@@ -86,6 +86,7 @@ def test_three_folders_come_out_that_load_with_how_they_were_made(made, recipe):
         assert manifest["benchmark"]["hash"] == bench.info["hash"] and {c.split for c in bench.clips} == {"train"}
         assert made["scores"][name]["n"] > 0 and name in ship.told(made)
         assert list(manifest["stages"]) == ["recall", "answer", "polish", "grpo"]
+        assert manifest["cold"] in ({"stage": "answer", "update": 1}, {"stage": "answer", "update": 2})
         for stage, told in manifest["stages"].items():
             rows = read_rows(recipe.parent / "made" / stage / "metrics.jsonl")
             assert told == {"commit": commit(), "minutes": round(sum(row["seconds"] for row in rows) / 60, 1)}

@@ -133,9 +133,11 @@ def card(name: str, manifest: Mapping, scores: Mapping) -> str:
     ways, bench = scores["models"][name], manifest["benchmark"]
     first = next(iter(ways.values()))
     grpo = ", ".join(f"{key}={value}" for key, value in manifest["recipe"]["grpo"].items())
-    learned, made = "", manifest["stages"]["grpo"]
+    learned, made, cold = "", manifest["stages"]["grpo"], manifest["cold"]
+    if name != "tiny":
+        learned = f"\n\n`tiny-cold` was taken from stage `{cold['stage']}` after {cold['update']} updates; later stages play no part in it."
     if name == "tiny-r1":
-        learned = f"\n\nThen GRPO, {made['minutes']:.0f} minutes at commit `{made['commit']}` (`{grpo}`; the rest as in "
+        learned += f" Then GRPO, {made['minutes']:.0f} minutes at commit `{made['commit']}` (`{grpo}`; the rest as in "
         learned += "`stkit/train/presets/tiny.yaml`)."
     thinking = f", without a thought; the row \"{WAYS['blind']}\" is with one" * ("blind" in ways)
     note = f"\n\n{manifest['note']}" if manifest.get("note") else ""

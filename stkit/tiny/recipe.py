@@ -108,6 +108,7 @@ def _three(out: Path, plan: Recipe, seed: int, made: dict[str, Path], reasoned: 
     """The three models that ship, from the stages; each with its accuracy on walks of split "dev"."""
     cold, cold_accuracy = reasoned["cold"]
     facts = facts_of(out, asdict(plan), seed, [*made.values(), out / "grpo"])
+    facts |= {"cold": {"stage": cold.parent.parent.name, "update": int(cold.name)}}
     merged = Path(merge(out / "grpo", out / "grpo-merged")["out"])  # without an adapter: a copy
     sources = {"tiny": made[plan.stages[-1].name] / "model", "tiny-cold": cold, "tiny-r1": merged}
     models = {name: ship(out, name, source, facts) for name, source in sources.items()}

@@ -99,8 +99,6 @@ def is_own(model: object) -> bool:
 
 def is_untrained(name: str) -> bool:
     """Whether the weights of a model are drawn from the seed."""
-    if name == "tiny" and not (folder(name) / WEIGHTS).exists():  # until weights ship, then these two lines go
-        return True
     return name == UNTRAINED
 
 

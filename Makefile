@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 DEMO_CLIPS ?= 40
+DEMO_STEPS ?= 20
+# the same twelve questions on six walks in every step, so that three minutes show the reward rise
+DEMO_GRPO := --set train.batch=6 --set train.lr=1e-4 --set data.tasks=landmark --set data.per_clip=2
 TRAIN_CLIPS ?= 40
 TRAIN_STEPS ?=
 TESTS ?= tests
@@ -24,15 +27,17 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: setup
+demo: setup   # DEMO_CLIPS=4 DEMO_STEPS=2 for a quick look
 	$(BIN)/stkit build --out runs/demo-walks-$(DEMO_CLIPS) --clips $(DEMO_CLIPS) --seed 0 --split test
 	@grep -qs 'demo-walks-$(DEMO_CLIPS)"' runs/demo/config.json || rm -rf runs/demo   # a demo of another size
-	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --out runs/demo
-	$(BIN)/stkit report runs/demo --out runs/demo/report.html
+	$(BIN)/stkit eval runs/demo-walks-$(DEMO_CLIPS) --model tiny --mode generate --max-new-tokens 256 --out runs/demo
+	$(BIN)/stkit build --out runs/demo-learn --clips 6 --seed 1 --split train
+	$(BIN)/stkit grpo runs/demo-learn --model tiny-cold --preset tiny --steps $(DEMO_STEPS) --out runs/demo-grpo-$(DEMO_STEPS) $(DEMO_GRPO)
+	$(BIN)/stkit report runs/demo runs/demo-grpo-$(DEMO_STEPS) --out runs/demo/report.html
 
 train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit build --out runs/train-walks-$(TRAIN_CLIPS) --clips $(TRAIN_CLIPS) --seed 0
-	$(BIN)/stkit sft runs/train-walks-$(TRAIN_CLIPS) --model tiny --preset tiny --out runs/train-sft $(TRAIN_STEPS)
+	$(BIN)/stkit sft runs/train-walks-$(TRAIN_CLIPS) --model tiny-untrained --preset tiny --out runs/train-sft $(TRAIN_STEPS)
 	$(BIN)/stkit grpo runs/train-walks-$(TRAIN_CLIPS) --model runs/train-sft --preset tiny --out runs/train $(TRAIN_STEPS)
 	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
 	$(BIN)/stkit report runs/train --out runs/train/report.html

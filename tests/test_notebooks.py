@@ -30,7 +30,8 @@ def said(cell) -> str:
 
 
 def test_the_notebooks_and_their_solutions_are_there():
-    wanted = {"00_quickstart", "01_build_a_benchmark", "02_ask_a_model", "03_encode_once", "04_cold_start", "05_grpo_reverse_thinking", "07_kernels"}
+    wanted = {"00_quickstart", "01_build_a_benchmark", "02_ask_a_model", "03_encode_once", "04_cold_start",
+              "05_grpo_reverse_thinking", "06_category_analysis", "07_kernels"}  # fmt: skip
     assert wanted <= {p.stem for p in NOTEBOOKS} == {p.stem for p in SOLUTIONS}
 
 

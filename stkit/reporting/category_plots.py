@@ -197,12 +197,12 @@ def _own(ax, width: float, height: float):
 
 
 def _whiskers(ax, places: list[float], bins: list[dict]):
-    """Accuracies over numbers, upright, with intervals and counts."""
-    for x, part in zip(places, bins):
+    """Accuracies over numbers, upright, with intervals and counts; the counts in two rows, so that neighbours don't touch."""
+    for k, (x, part) in enumerate(zip(places, bins)):
         ax.vlines(x, part["low"], part["high"], color=INK, linewidth=1.6)
-        ax.text(x, 1.03, f"{part['n']} / {part['clusters']}", ha="center", fontsize=7.5)
+        ax.text(x, 1.03 + 0.08 * (k % 2), f"{part['n']} / {part['clusters']}", ha="center", fontsize=7.5)
     ax.plot(places, [part["accuracy"] for part in bins], marker="o", color=INK, markersize=6, linewidth=0.8)
-    ax.set(ylim=(0, 1.1), ylabel="accuracy, %")
+    ax.set(ylim=(0, 1.18), ylabel="accuracy, %")
     ax.spines["left"].set_visible(True)
     ax.set_yticks(np.arange(0, 1.01, 0.25))
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")

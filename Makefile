@@ -42,7 +42,7 @@ train: setup   # TRAIN_CLIPS=10 TRAIN_STEPS="--steps 4" for a quick look
 	$(BIN)/stkit report runs/train-sft --out runs/train-sft/report.html
 	$(BIN)/stkit report runs/train --out runs/train/report.html
 
-slow: setup   # under 15 minutes on 2 cores; its last result is committed
+slow: setup   # meant to take under 15 minutes on 2 cores; commit its last result
 	@mkdir -p runs
 	$(BIN)/stkit tiny train --quick --out runs/quick --json > runs/quick.json
 	cp runs/quick.json data_cards/tiny_quick.json

@@ -1,1 +1,1 @@
-"""How it learns. So far: settings with presets, GRPO's arithmetic, checkpoints. The loop that uses them is to come."""
+"""How it learns: SFT and GRPO on prefix trees, their settings and presets, checkpoints, plans of memory, merging."""

@@ -2,8 +2,8 @@
 
 CI, classrooms without a network and planes cannot fetch Qwen's weights. ``stkit/data/tiny`` therefore holds all that a
 Qwen2.5-VL folder holds, small: configuration, byte-level tokenizer with Qwen's special tokens, chat template, processor.
-Transformers' own classes load it. Trained weights are to come: "tiny", the same stopped early ("tiny-cold") and that one
-after GRPO ("tiny-r1"). "tiny-untrained", and "tiny" until then, has weights drawn from a fixed seed.
+Transformers' own classes load it. Three have trained weights: "tiny", the same stopped early ("tiny-cold") and that one
+after GRPO ("tiny-r1"); :mod:`stkit.tiny` made them. "tiny-untrained" has weights drawn from a fixed seed.
 
     >>> folder("tiny-untrained").name
     'tiny'
